@@ -33,3 +33,25 @@ class Policy(Protocol):
     async def release(self, session: str) -> None:
         """Forget what is cached for `session`. Idempotent."""
         ...
+
+
+class Replay:
+    """A policy that replies with given messages in order, whatever it is asked; then with nothing."""
+
+    def __init__(self, messages: Sequence[Message]) -> None:
+        self._messages = list(messages)
+
+    async def reply(
+        self,
+        path: Sequence[Turn],
+        new: Sequence[Message],
+        tools: Sequence[ToolDeclaration],
+        sampling: Sampling,
+        session: str,
+    ) -> Completion:
+        """The message whose place is the number of turns so far."""
+        at = len(path)
+        return Completion(self._messages[at] if at < len(self._messages) else Message(role="assistant"))
+
+    async def release(self, session: str) -> None:
+        """Nothing is cached."""

@@ -89,7 +89,7 @@ class Task(Record):
 
 
 class Sampling(Record):
-    """How a reply is drawn. Training accepts `temperature` alone; whatever prunes the distribution is for evaluation."""
+    """How a reply is drawn. Training accepts `temperature` alone; what prunes the distribution is for evaluation."""
 
     temperature: float = Field(default=1.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -125,8 +125,8 @@ class Generation:
     """What an engine drew.
 
     ids: int32[n]; logprobs: float32[n], natural log, of the distribution really sampled; sampled: bool[n], false for a
-    token that no draw chose (its logprob is 0 and it carries no loss); versions: (policy version, number of tokens) spans
-    that sum to n; timing in seconds by phase.
+    token that no draw chose (its logprob is 0 and it carries no loss); versions: (policy version, number of tokens)
+    spans that sum to n; timing in seconds by phase.
     """
 
     ids: NDArray[np.int32]
@@ -198,8 +198,8 @@ class Outcome(Record):
 
 @dataclass(frozen=True, eq=False)
 class Episode:
-    """One attempt at a task, judged. `result` is the weighted sum of rewards; one Unscored among the weighted ones makes
-    it Unscored."""
+    """One attempt at a task, judged. `result` is the weighted sum of rewards; one Unscored among the weighted ones
+    makes it Unscored."""
 
     id: str
     task: Task
