@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar, overload
@@ -57,6 +56,9 @@ def metric(function: F) -> F:
     """Make a method a metric: a number that is recorded and not trained on."""
     function.__palaestra_weight__ = None  # type: ignore[attr-defined]
     return function
+
+
+_judges: dict[type, tuple[Judge, ...]] = {}
 
 
 class Environment:
@@ -125,16 +127,17 @@ class Environment:
         return other
 
 
-@functools.cache
-def judges(environment: type[Any]) -> tuple[Judge, ...]:
+def judges(environment: type[Environment]) -> tuple[Judge, ...]:
     """The rewards and metrics of an environment class, in the order of their definition, base classes first."""
+    if environment in _judges:
+        return _judges[environment]
     found: dict[str, Judge] = {}
     for base in reversed(environment.__mro__):
         for name, member in vars(base).items():
             if hasattr(member, "__palaestra_weight__"):
                 wants = tuple(inspect.signature(member).parameters)[1:]
                 found[name] = Judge(name, member.__palaestra_weight__, wants)
-    return tuple(found.values())
+    return _judges.setdefault(environment, tuple(found.values()))
 
 
 def gold_messages(solution: str | Sequence[Message] | None) -> list[Message] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import inspect
 import json
 from collections.abc import Callable, Sequence
@@ -74,15 +73,19 @@ def _spec(function: Callable[..., Any]) -> ToolSpec:
     return ToolSpec(name, model, {"type": "function", "function": described})
 
 
-@functools.cache
-def specs(environment: type[Any]) -> dict[str, ToolSpec]:
+_specs: dict[type, dict[str, ToolSpec]] = {}
+
+
+def specs(environment: type[Environment]) -> dict[str, ToolSpec]:
     """The tools of an environment class by name, in the order of their definition, base classes first."""
+    if environment in _specs:
+        return _specs[environment]
     found: dict[str, ToolSpec] = {}
     for base in reversed(environment.__mro__):
         for name, member in vars(base).items():
             if getattr(member, "__palaestra_tool__", False):
                 found[name] = _spec(member)
-    return found
+    return _specs.setdefault(environment, found)
 
 
 def _complaint(error: ValidationError) -> str:
