@@ -133,7 +133,7 @@ def test_a_hanging_tool_meets_its_deadline():
     episode = play(Slow(), [call("hang")], bounds=Bounds(tool=0.2))
     assert time.monotonic() - started < 10
     assert "did not finish within 0.2 s" in episode.outcome.detail
-    with pytest.raises(MissedDeadline, match="0.2 s"):
+    with pytest.raises(MissedDeadline, match="within"):
         play(Slow(), [call("hang")], bounds=Bounds(tool=0.2, strict=True))
 
 

@@ -1,0 +1,42 @@
+# make train, make test and make bars work from a bare clone: they create .venv and install everything.
+# PYTHON: the interpreter (3.11 to 3.13).  TORCH_INDEX: a package index to take torch's CPU build from, if yours has none.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || echo python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+GROUP ?= main
+BAR ?=
+ARGS ?=
+
+.PHONY: install train test bars lint types clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "Palaestra needs Python 3.11 to 3.13; set PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+train: install
+	$(BIN)/palaestra train quickstart $(ARGS)
+
+test: install
+	$(BIN)/pytest $(ARGS)
+
+bars: install
+	$(BIN)/python -P benchmarks/bars.py GROUP=$(GROUP) $(if $(BAR),BAR=$(BAR)) $(ARGS)
+
+lint: install
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: install
+	@mkdir -p build/types/palaestra
+	@for room in gym environments tasks kernels model rollout trainer; do \
+		ln -sfn ../../../$$room build/types/palaestra/$$room; done
+	$(BIN)/mypy -p palaestra
+
+clean:
+	rm -rf $(VENV) build *.egg-info
