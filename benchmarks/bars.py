@@ -1,8 +1,8 @@
 """Re-run acceptance bars: `make bars GROUP=main`, one alone by `BAR=3`, the quick ones by `ARGS=--quick`.
 
 Each bar is a function in `benchmarks/bars_<group>.py`, marked by `@bar(number, threshold)`, that returns what it
-measured and whether the threshold is met. Results go to `benchmarks/results/<group>.json` after every bar; a bar already
-measured at this commit is skipped, so that an interrupted run goes on where it stopped.
+measured and whether the threshold is met. Results go to `benchmarks/results/<group>.json` after every bar; a bar
+already measured at this commit is skipped, so that an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
