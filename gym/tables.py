@@ -1,0 +1,121 @@
+"""An evaluation's results for people: a table in the terminal, an HTML page, Parquet and JSON files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from palaestra.gym.evaluate import Interval, Row, Summary
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SHOWN = 3
+"""Episodes of each policy and environment that the page shows."""
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Evaluation</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em }
+table { border-collapse: collapse } td, th { padding: .3em .8em; border-bottom: 1px solid #ddd; text-align: right }
+td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left }
+pre { white-space: pre-wrap; background: #f6f6f6; padding: .6em; margin: .2em 0 }
+</style>
+<h1>Evaluation</h1>
+<table><tr>{% for title in titles %}<th>{{ title }}</th>{% endfor %}</tr>
+{% for line in lines %}<tr>{% for cell in line %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+<p>Intervals are 95 %, over tasks. pass@k: any of k attempts right; pass^k: all of them.</p>
+<h2>Episodes</h2>
+{% for row in episodes %}<details>
+<summary>{{ row.policy }} on {{ row.environment }}, task {{ row.key }}: {{ row.reward }} ({{ row.outcome }})</summary>
+{% for message in row.messages %}<b>{{ message.role }}</b><pre>{{ message.content }}
+{%- for call in message.tool_calls or [] %}
+{{ call.function.name }}({{ call.function.arguments }}){% endfor %}</pre>
+{% endfor %}</details>
+{% endfor %}</html>
+"""
+
+
+def _titles(k: int) -> list[str]:
+    plain = ["policy", "environment", "tasks", "unscored", "reward", f"pass@{k}", f"pass^{k}"]
+    return [*plain, "turns", "calls", "call errors", "tokens in", "tokens out", "seconds"]
+
+
+def _range(value: Interval | None) -> str:
+    return "unscored" if value is None else f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+def _line(summary: Summary) -> list[str]:
+    means = (summary.turns, summary.tool_calls, summary.tool_errors)
+    return [
+        summary.policy,
+        summary.environment,
+        str(summary.tasks),
+        str(summary.unscored),
+        *map(_range, (summary.reward, summary.pass_at_k, summary.pass_hat_k)),
+        *(f"{mean:.2f}" for mean in means),
+        f"{summary.prompt_tokens:.0f}",
+        f"{summary.completion_tokens:.0f}",
+        f"{summary.seconds:.2f}",
+    ]
+
+
+def table(summaries: Sequence[Summary]) -> Table:
+    """The results as a table for the terminal."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    out = Table()
+    for title in _titles(summaries[0].k):
+        out.add_column(title)
+    for summary in summaries:
+        out.add_row(*map(escape, _line(summary)))
+    return out
+
+
+def page(summaries: Sequence[Summary], rows: Sequence[Row]) -> str:
+    """The results as one HTML page; what a model wrote is escaped."""
+    from jinja2 import Environment
+
+    shown: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        shown.setdefault((row.policy, row.environment), []).append(row)
+    episodes = [row for cell in shown.values() for row in cell[:SHOWN]]
+    template = Environment(autoescape=True).from_string(_PAGE)
+    return template.render(titles=_titles(summaries[0].k), lines=[_line(s) for s in summaries], episodes=episodes)
+
+
+def write(folder: Path, summaries: Sequence[Summary], rows: Sequence[Row]) -> None:
+    """Write summary.json, episodes.parquet and index.html, each whole or not at all."""
+    text = json.dumps([summary.model_dump() for summary in summaries], indent=2)
+    _replace(folder / "summary.json", text.encode())
+    _replace(folder / "index.html", page(summaries, rows).encode())
+    _replace(folder / "episodes.parquet", _parquet(rows))
+
+
+def _parquet(rows: Sequence[Row]) -> bytes:
+    """A column for each field; what has no fixed shape is JSON text."""
+    import pyarrow
+    from pyarrow import parquet
+
+    nested = ("rewards", "metrics", "messages", "made_with")
+    listed = [row.model_dump() for row in rows]
+    for row in listed:
+        row.update({name: json.dumps(row[name], ensure_ascii=False) for name in nested})
+    out = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.Table.from_pylist(listed), out)
+    content: bytes = out.getvalue().to_pybytes()
+    return content
+
+
+def _replace(path: Path, content: bytes) -> None:
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

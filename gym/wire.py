@@ -1,0 +1,116 @@
+"""The one JSON schema that endpoints, recorded replies and result files speak."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from palaestra.gym.types import SCHEMA_VERSION, Episode, Message, Record, Reward, Scored, Task, ToolCall, Unscored
+
+_KNOWN = {"role", "content", "reasoning", "reasoning_content", "tool_calls", "tool_call_id", "refusal", "name"}
+
+
+def message_to_json(message: Message) -> dict[str, Any]:
+    """A message in the OpenAI chat form. Provider data goes back as it came; reasoning is not sent."""
+    out: dict[str, Any] = {**(message.provider_data or {}), "role": message.role, "content": message.content}
+    if message.tool_calls:
+        out["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id is not None:
+        out["tool_call_id"] = message.tool_call_id
+    return out
+
+
+def message_from_json(value: object) -> Message:
+    """A message from the OpenAI chat form; unknown fields are kept as provider data.
+
+    Raises ValueError naming what is wrong.
+    """
+    if not isinstance(value, Mapping):
+        raise ValueError(f"a message must be an object, not {type(value).__name__}")
+    extra = {key: item for key, item in value.items() if key not in _KNOWN and item is not None}
+    return Message(
+        role=value.get("role", "assistant"),
+        content=_text(value.get("content")),
+        reasoning=value.get("reasoning_content") or value.get("reasoning") or None,
+        tool_calls=tuple(_call(call) for call in value.get("tool_calls") or ()),
+        tool_call_id=value.get("tool_call_id"),
+        provider_data=extra or None,
+    )
+
+
+def _text(content: object) -> str:
+    """Content as text: a string, nothing, or a list of text parts."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Sequence):
+        return "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
+    raise ValueError(f"a message's content must be text, not {type(content).__name__}")
+
+
+def _call(value: object) -> ToolCall:
+    function = value.get("function") if isinstance(value, Mapping) else None
+    if not isinstance(value, Mapping) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ValueError(
+            f'a tool call must look like {{"id", "function": {{"name", "arguments"}}}}, not {str(value)[:200]}'
+        )
+    arguments = function.get("arguments") or "{}"
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    return ToolCall(id=str(value.get("id") or ""), name=function["name"], arguments=text)
+
+
+class Judged(Record):
+    """How a reply was judged: one line that `env score` writes. `reward` is null where there is none."""
+
+    key: str
+    reward: float | None
+    rewards: dict[str, float | None]
+    outcome: str
+    detail: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+
+def number(reward: Reward | tuple[Scored, ...]) -> float | None:
+    """A reward as a number (its turns' sum), None where it is unscored."""
+    if isinstance(reward, Unscored):
+        return None
+    return reward.value if isinstance(reward, Scored) else sum(part.value for part in reward)
+
+
+def judged(episode: Episode) -> Judged:
+    """The judgement of an episode."""
+    detail = episode.outcome.detail or (episode.result.detail if isinstance(episode.result, Unscored) else "")
+    return Judged(
+        key=episode.task.key,
+        reward=number(episode.result),
+        rewards={name: number(reward) for name, reward in episode.rewards.items()},
+        outcome=episode.outcome.cause.value,
+        detail=detail,
+    )
+
+
+def transcript(episode: Episode) -> list[dict[str, Any]]:
+    """The main conversation, in the OpenAI form: the path to the last leaf, reasoning included."""
+    leaves = [leaf for leaf in episode.leaves() if episode.turns[leaf].agent == "main"]
+    if not leaves:
+        return [message_to_json(message) for message in episode.task.messages()]
+    messages: list[Message] = []
+    for turn in episode.path(leaves[-1]):
+        messages += [*turn.added, turn.completion.message]
+    return [_with_reasoning(message) for message in messages]
+
+
+def _with_reasoning(message: Message) -> dict[str, Any]:
+    reasoning = {"reasoning": message.reasoning} if message.reasoning else {}
+    return {**message_to_json(message), **reasoning}
+
+
+def task_sha256(task: Task) -> str:
+    """The hash of everything that a task holds, but for the name its environment has in this run."""
+    return hashlib.sha256(task.model_copy(update={"environment": ""}).model_dump_json().encode()).hexdigest()
