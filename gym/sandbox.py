@@ -1,0 +1,74 @@
+"""The sandbox protocol: a box in which an agent's commands run. Backends live in environments/sandbox/."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+from pydantic import Field
+
+from palaestra.gym.types import Record
+
+
+class BoxLimits(Record):
+    """What one box may use; bytes unless the name says otherwise. `network`: none at all, or its own loopback."""
+
+    memory: int = Field(default=512 << 20, gt=0)
+    disk: int = Field(default=256 << 20, gt=0)
+    inodes: int = Field(default=50_000, gt=0)
+    processes: int = Field(default=128, gt=0)
+    cpus: float = Field(default=1.0, gt=0)
+    output: int = Field(default=1 << 20, gt=0)
+    loopback: bool = True
+
+
+class Capabilities(Record):
+    """What a backend enforces. An environment that needs more than its backend gives is refused, with the reason."""
+
+    isolation: bool
+    memory: bool
+    disk_quota: bool
+    processes: bool
+    no_network: bool
+
+
+class Executed(NamedTuple):
+    """A finished command: exit status (128 + n for signal n), output bytes of both streams, whether its time ran out."""
+
+    status: int
+    output: bytes
+    timed_out: bool
+
+
+class Box(Protocol):
+    """One live sandbox."""
+
+    async def exec(self, command: str, timeout: float) -> Executed:
+        """Run a shell command in the box's persistent shell, for `timeout` seconds at most."""
+        ...
+
+    async def read(self, path: str) -> bytes:
+        """A file's content. Raises FileNotFoundError."""
+        ...
+
+    async def write(self, path: str, content: str | bytes) -> None:
+        """Create or replace a file."""
+        ...
+
+    async def diff(self) -> Mapping[str, bytes | None]:
+        """The paths that changed since the box was made, with their content; None for a removed one."""
+        ...
+
+    async def destroy(self) -> None:
+        """Kill everything in the box and give it back. Idempotent."""
+        ...
+
+
+class Sandbox(Protocol):
+    """A backend."""
+
+    capabilities: Capabilities
+
+    async def create(self, image: str, limits: BoxLimits) -> Box:
+        """A fresh box. Raises Failure(SANDBOX)."""
+        ...
