@@ -33,7 +33,7 @@ class Capabilities(Record):
 
 
 class Executed(NamedTuple):
-    """A finished command: exit status (128 + n for signal n), output bytes of both streams, whether its time ran out."""
+    """A finished command: exit status (128 + n for signal n), output of both streams, whether its time ran out."""
 
     status: int
     output: bytes

