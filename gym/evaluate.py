@@ -1,7 +1,7 @@
 """Evaluation: policies x environments, k attempts at each task, judged, kept as they finish, and summed up.
 
-A line of `episodes.jsonl` is one finished episode. The same plan run again plays only what is missing, and refuses if an
-environment, a task, a policy or the sampling is no longer what the lines were made with.
+A line of `episodes.jsonl` is one finished episode. The same plan run again plays only what is missing, and refuses if
+an environment, a task, a policy or the sampling is no longer what the lines were made with.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ async def evaluate(
 ) -> list[Row]:
     """Play what is missing in `folder`, and return the rows of the whole plan.
 
-    `on_row(done, total, row)` is called once at the start (row None) and after each episode. Raises UsageError where the
-    folder's rows were made with something else, or two environments share a name.
+    `on_row(done, total, row)` is called once at the start (row None) and after each episode. Raises UsageError where
+    the folder's rows were made with something else, or two environments share a name.
     """
     jobs = _jobs(contest)
     kept = {row.id: row for row in _resume(folder / EPISODES, jobs)}
@@ -247,7 +247,7 @@ def _resume(path: Path, jobs: Iterable[_Job]) -> list[Row]:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a results file. A last line that was cut by a kill is removed; any other bad line raises UsageError."""
+    """The rows of a results file. A last line cut by a kill is removed; any other bad line raises UsageError."""
     if not path.exists():
         return []
     content = path.read_bytes()
@@ -259,9 +259,7 @@ def read(path: Path) -> list[Row]:
         try:
             rows.append(Row.model_validate_json(line))
         except ValidationError:
-            raise UsageError(
-                f"{path}, line {number}: not a row of an evaluation; remove the file to start anew"
-            ) from None
+            raise UsageError(f"{path}, line {number}: not a row of an evaluation; remove the file") from None
     return rows
 
 

@@ -48,10 +48,15 @@ def _text(content: object) -> str:
     if content is None:
         return ""
     if isinstance(content, str):
-        return content
+        return _clean(content)
     if isinstance(content, Sequence):
-        return "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
+        return _clean("".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping)))
     raise ValueError(f"a message's content must be text, not {type(content).__name__}")
+
+
+def _clean(text: str) -> str:
+    """The text without lone surrogates, which no UTF-8 file could hold."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _call(value: object) -> ToolCall:
@@ -62,7 +67,7 @@ def _call(value: object) -> ToolCall:
         )
     arguments = function.get("arguments") or "{}"
     text = arguments if isinstance(arguments, str) else json.dumps(arguments)
-    return ToolCall(id=str(value.get("id") or ""), name=function["name"], arguments=text)
+    return ToolCall(id=str(value.get("id") or ""), name=_clean(function["name"]), arguments=_clean(text))
 
 
 class Judged(Record):
