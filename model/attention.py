@@ -1,0 +1,50 @@
+"""Grouped-query attention without position embedding."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from palaestra.model.cache import State
+from palaestra.model.config import ModelConfig
+from palaestra.model.layers import Linear
+
+
+class Attention(nn.Module):
+    """Causal attention over the row's own past, cached or not."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.q_proj = Linear(config.hidden_size, self.heads * self.dim)
+        self.k_proj = Linear(config.hidden_size, self.kv_heads * self.dim)
+        self.v_proj = Linear(config.hidden_size, self.kv_heads * self.dim)
+        self.o_proj = Linear(self.heads * self.dim, config.hidden_size)
+
+    def forward(self, x: Tensor, state: State | None, past: Tensor | None) -> Tensor:
+        """float[B, L, hidden] -> the same; `state` keys and values with `past` int64[B] tokens, extended in place."""
+        batch, length, _ = x.shape
+        q = self.q_proj(x).view(batch, length, self.heads, self.dim).transpose(1, 2)
+        k = self.k_proj(x).view(batch, length, self.kv_heads, self.dim).transpose(1, 2)
+        v = self.v_proj(x).view(batch, length, self.kv_heads, self.dim).transpose(1, 2)
+        if state is None or past is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            y = self._cached(q, k, v, state, past)
+        result: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
+        return result
+
+    def _cached(self, q: Tensor, k: Tensor, v: Tensor, state: State, past: Tensor) -> Tensor:
+        """Append k and v at each row's own length, then attend to everything up to each query's position."""
+        length = q.shape[2]
+        at = past[:, None] + torch.arange(length, device=q.device)
+        total = int(at.max()) + 1
+        if total > state[0].shape[2]:
+            raise ValueError(f"attention cache holds {state[0].shape[2]} tokens a row; {total} are needed")
+        rows = torch.arange(len(past), device=q.device)[:, None]
+        state[0][rows, :, at] = k.transpose(1, 2)
+        state[1][rows, :, at] = v.transpose(1, 2)
+        keys, values = state[0][:, :, :total], state[1][:, :, :total]
+        mask = torch.arange(total, device=q.device) <= at[:, None, :, None]
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)

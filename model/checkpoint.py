@@ -1,0 +1,70 @@
+"""Checkpoint folders: config.json and model.safetensors, in the layout of published Nemotron-H checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from palaestra.model.config import ModelConfig
+from palaestra.model.network import Hybrid
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be used; the text names the file, what is wrong and what to do."""
+
+
+def save(folder: Path, model: Hybrid, tokenizer_hash: str = "") -> None:
+    """Write a checkpoint folder, whole or not at all. Raises OSError naming the folder (a full disk, say)."""
+    staged = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        staged.mkdir(parents=True)
+        tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
+        save_file(tensors, staged / WEIGHTS, metadata={"format": "pt", "tokenizer_sha256": tokenizer_hash})
+        config = {**model.config.to_hf(), "tokenizer_sha256": tokenizer_hash}
+        (staged / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+        _sync(staged)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise OSError(
+            f"cannot write checkpoint {folder}: {error}; free space there or choose another folder"
+        ) from error
+    shutil.rmtree(folder, ignore_errors=True)
+    staged.rename(folder)
+
+
+def load(folder: Path) -> Hybrid:
+    """Read a checkpoint folder. Raises CheckpointError."""
+    try:
+        config = ModelConfig.from_hf(folder / CONFIG)
+    except (OSError, ValueError, ValidationError, KeyError) as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}; give the folder of a checkpoint") from error
+    model = Hybrid(config)
+    try:
+        model.load_weights(load_file(folder / WEIGHTS).items())
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS} is missing or damaged ({error}); write or fetch it anew") from error
+    return model
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """The hash of the tokenizer that the checkpoint was trained with; empty where none is recorded."""
+    with safe_open(str(folder / WEIGHTS), framework="pt") as file:
+        return str((file.metadata() or {}).get("tokenizer_sha256", ""))
+
+
+def _sync(folder: Path) -> None:
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

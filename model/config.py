@@ -1,0 +1,108 @@
+"""The configuration of a hybrid model, under Hugging Face's keys for `nemotron_h`."""
+
+from __future__ import annotations
+
+import json
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+QUANTISED = ("*.experts.up_proj", "*.experts.down_proj", "*.shared_experts.*", "*.mixer.up_proj", "*.mixer.down_proj",
+             "*.mixer.in_proj")  # fmt: skip
+LETTERS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
+
+
+class ModelConfig(BaseModel):
+    """Shapes of a model. `hybrid_override_pattern`: M Mamba-2, * attention, E LatentMoE, - MLP, a letter a layer.
+
+    `nvfp4`: patterns of module names whose weights are quantised. `hf_dt_clamp`: clamp Mamba's time step from below as
+    transformers' prefill does (its own decoding does not); for parity tests.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    vocab_size: int = 2048
+    hidden_size: int = Field(default=128, gt=0)
+    hybrid_override_pattern: str
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    mamba_num_heads: int = 4
+    mamba_head_dim: int = 64
+    ssm_state_size: int = 32
+    n_groups: int = 1
+    conv_kernel: int = 4
+    chunk_size: int = 64
+    time_step_min: float = 1e-3
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    intermediate_size: int = 256
+    n_routed_experts: int = 16
+    num_experts_per_tok: int = 4
+    moe_intermediate_size: int = 128
+    moe_shared_expert_intermediate_size: int = 256
+    moe_latent_size: int | None = None
+    routed_scaling_factor: float = 1.0
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    rescale_prenorm_residual: bool = True
+    max_position_embeddings: int = 4096
+    bos_token_id: int = 0
+    eos_token_id: int = 1
+    pad_token_id: int = 0
+    hf_dt_clamp: bool = False
+    nvfp4: tuple[str, ...] = QUANTISED
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        strange = sorted(set(self.hybrid_override_pattern) - set(LETTERS))
+        if strange or not self.hybrid_override_pattern:
+            raise ValueError(
+                f"hybrid_override_pattern {self.hybrid_override_pattern!r}: use the letters {', '.join(LETTERS)}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads or self.mamba_num_heads % self.n_groups:
+            raise ValueError("attention heads must divide by KV heads, and Mamba heads by n_groups")
+        return self
+
+    @property
+    def mamba_width(self) -> int:
+        """Inner width of a Mamba-2 mixer."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def conv_width(self) -> int:
+        """Channels of a Mamba-2 mixer's causal convolution."""
+        return self.mamba_width + 2 * self.n_groups * self.ssm_state_size
+
+    def quantises(self, module: str) -> bool:
+        """Whether the module of that name runs on NVFP4 weights."""
+        return any(fnmatchcase(module, pattern) for pattern in self.nvfp4)
+
+    def to_hf(self) -> dict[str, Any]:
+        """config.json in the legacy style, which transformers, vLLM and remote-code readers all parse."""
+        return {
+            **self.model_dump(),
+            "model_type": "nemotron_h",
+            "architectures": ["NemotronHForCausalLM"],
+            "num_hidden_layers": len(self.hybrid_override_pattern),
+            "mlp_hidden_act": "relu2",
+            "mamba_hidden_act": "silu",
+            "tie_word_embeddings": False,
+            "use_conv_bias": True,
+            "n_shared_experts": 1,
+            "torch_dtype": "float32",
+        }
+
+    @classmethod
+    def from_hf(cls, path: Path) -> ModelConfig:
+        """Read a config.json, of the legacy style or with `layers_block_type`."""
+        raw = json.loads(path.read_text())
+        if "hybrid_override_pattern" not in raw and "layers_block_type" in raw:
+            letters = {word: letter for letter, word in LETTERS.items()} | {"mamba": "M", "attention": "*"}
+            raw["hybrid_override_pattern"] = "".join(letters[word] for word in raw["layers_block_type"])
+        return cls(**raw)

@@ -1,0 +1,135 @@
+"""LatentMoE: a sigmoid router over experts that work in a narrower latent space, beside one shared expert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from palaestra.model.config import ModelConfig
+from palaestra.model.layers import MLP, Linear, relu2
+
+DENSE_BELOW = 64
+
+
+class Router(nn.Module):
+    """Scores sigmoid(W x) in float32; the correction bias takes part in the choice alone.
+
+    `load` int64[E] counts the choices of every forward pass in training mode since it was last zeroed.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+        self.register_buffer("load", torch.zeros(config.n_routed_experts, dtype=torch.int64), persistent=False)
+        self.e_score_correction_bias: Tensor
+        self.load: Tensor
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """float[T, hidden] -> chosen experts int64[T, k] and their weights float32[T, k]."""
+        config = self.config
+        scores = torch.sigmoid(F.linear(x.float(), self.weight.float()))
+        with torch.no_grad():
+            chosen = self._within_groups(scores + self.e_score_correction_bias).topk(config.num_experts_per_tok).indices
+            if self.training:
+                self.load += torch.bincount(chosen.flatten(), minlength=config.n_routed_experts)
+        weights = scores.gather(1, chosen)
+        if config.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return chosen, weights * config.routed_scaling_factor
+
+    def _within_groups(self, scores: Tensor) -> Tensor:
+        """Scores with the experts outside the best `topk_group` groups (by their two best scores) masked away."""
+        if self.config.n_group == 1:
+            return scores
+        groups = scores.unflatten(-1, (self.config.n_group, -1))
+        best = groups.topk(2).values.sum(-1).topk(self.config.topk_group).indices
+        keep = torch.zeros(groups.shape[:-1], dtype=torch.bool, device=scores.device).scatter_(1, best, True)
+        return groups.masked_fill(~keep[..., None], 0.0).flatten(-2)
+
+
+class Experts(nn.Module):
+    """The routed experts, stacked [E, out, in] in memory; their names on disk are one matrix an expert."""
+
+    seen_up: Tensor | None = None
+    seen_down: Tensor | None = None
+
+    def __init__(self, count: int, width: int, inner: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.empty(count, inner, width))
+        self.down_proj = nn.Parameter(torch.empty(count, width, inner))
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """float[T, width], int64[T, k], float[T, k] -> the weighted sum of the chosen experts' outputs float[T, width]."""
+        up = self.up_proj if self.seen_up is None else self.seen_up
+        down = self.down_proj if self.seen_down is None else self.seen_down
+        order = chosen.flatten().argsort(stable=True)
+        counts = torch.bincount(chosen.flatten(), minlength=len(up)).cumsum(0).to(torch.int32)
+        k = chosen.shape[1]
+        sorted_x = x[order // k]
+        hidden = relu2(F.grouped_mm(sorted_x, up.transpose(1, 2), offs=counts))
+        outputs = F.grouped_mm(hidden, down.transpose(1, 2), offs=counts)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        return (outputs[back].unflatten(0, (-1, k)) * weights[..., None]).sum(1)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name, matrix in self.split(keep_vars):
+            destination[prefix + name] = matrix
+
+    def split(self, keep_vars: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Each expert's matrices under their names on disk."""
+        for projection in ("up_proj", "down_proj"):
+            stacked = getattr(self, projection)
+            for index, matrix in enumerate(stacked if keep_vars else stacked.detach()):
+                yield f"{index}.{projection}.weight", matrix
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for name, matrix in self.split():
+            if prefix + name not in state_dict:
+                missing_keys.append(prefix + name)
+            elif state_dict[prefix + name].shape != matrix.shape:
+                error_msgs.append(f"{prefix}{name}: {list(state_dict[prefix + name].shape)}, not {list(matrix.shape)}")
+            else:
+                matrix.copy_(state_dict[prefix + name])
+        known = {prefix + name for name, _ in self.split()}
+        unexpected_keys += [name for name in state_dict if name.startswith(prefix) and name not in known]
+
+
+class LatentMoE(nn.Module):
+    """fc2(sum of chosen experts of fc1(x)) + shared expert of x; without a latent size the experts see x itself."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.moe_latent_size or config.hidden_size
+        self.gate = Router(config)
+        self.experts = Experts(config.n_routed_experts, width, config.moe_intermediate_size)
+        self.shared_experts = MLP(config.hidden_size, config.moe_shared_expert_intermediate_size)
+        if config.moe_latent_size is not None:
+            self.fc1_latent_proj = Linear(config.hidden_size, width)
+            self.fc2_latent_proj = Linear(width, config.hidden_size)
+        self.latent = config.moe_latent_size is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float[B, L, hidden] -> the same."""
+        flat = x.flatten(0, -2)
+        chosen, weights = self.gate(flat)
+        routed = self.experts(self.fc1_latent_proj(flat) if self.latent else flat, chosen, weights)
+        if self.latent:
+            routed = self.fc2_latent_proj(routed)
+        result: Tensor = routed.view_as(x) + self.shared_experts(x)
+        return result
