@@ -104,7 +104,10 @@ class Optimiser:
             parameter.grad = None
 
     def gradients(self) -> list[Tensor]:
-        """The gradients that there are."""
+        """The gradients of all parameters, in order; zeros where there was none, so that every rank has the same."""
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
     def step(self) -> float:
