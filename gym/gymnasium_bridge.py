@@ -12,6 +12,7 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, ClassVar
 
 import gymnasium
@@ -27,10 +28,13 @@ from palaestra.gym.policies import Null
 from palaestra.gym.policy import Policy, ToolDeclaration
 from palaestra.gym.registry import EnvironmentSpec, UsageError, one_line
 from palaestra.gym.tasksets import split_of
-from palaestra.gym.types import Completion, Episode, Message, Sampling, Scored, Task, ToolCall, Turn
+from palaestra.gym.types import Completion, Episode, Limits, Message, Sampling, Scored, Task, ToolCall, Turn
 
 LONGEST_TEXT = 1_000_000
 STEP_SECONDS = 900.0
+LONGEST_EPISODE = 1000
+INVALID_ALLOWED = 10
+"""Replies that are no action, beyond the steps of an episode."""
 
 
 class AnyText(spaces.Text):
@@ -74,7 +78,7 @@ class GymnasiumEnv(gymnasium.Env[str, str]):
     Failure, since Gymnasium has no word for it. `roles`: policies that the environment asks for besides the main one.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 (Gymnasium declares it so)
 
     def __init__(self, spec: EnvironmentSpec, split: str = "train", roles: dict[str, Policy] | None = None) -> None:
         self.observation_space = AnyText()
@@ -200,16 +204,18 @@ class Gymnasium(Environment):
     @classmethod
     def task_set(cls, config: Any) -> Any:
         """One task for each seed, split by the hash of its key."""
-        return cls._seeds
+        own = gymnasium.spec(cls.id).max_episode_steps or LONGEST_EPISODE
+        limits = Limits(turns=(config.steps or own) + INVALID_ALLOWED)
+        return partial(cls._seeds, limits)
 
     @classmethod
-    def _seeds(cls, split: str, seed: int) -> Iterator[Task]:
+    def _seeds(cls, limits: Limits, split: str, seed: int) -> Iterator[Task]:
         draw = random.Random(f"{split} {seed}")
         for _ in itertools.count():
             number = draw.randrange(2**31)
             key = f"{cls.id}-{number}"
             if split_of(key) == split:
-                yield Task(key=key, prompt=f"You play {cls.id}.", seed=number, split=split)
+                yield Task(key=key, prompt=f"You play {cls.id}.", seed=number, split=split, limits=limits)
 
     def setup(self, task: Task) -> str:
         """The first observation, and how to act."""
@@ -241,7 +247,7 @@ class Gymnasium(Environment):
 
     def close(self) -> None:
         """Close the Gymnasium environment."""
-        env, self._env = getattr(self, "_env", None), None
+        env = self.__dict__.pop("_env", None)
         if env is not None:
             env.close()
 
