@@ -19,7 +19,7 @@ PREFIX = "step-"
 
 
 def save(folder: Path, number: int, state: dict[str, Any], keep: int) -> Path:
-    """Write `folder/step-NUMBER`: state.pt and its sha256; all but the newest `keep` go. Raises UsageError (full disk)."""
+    """Write `folder/step-NUMBER` (state.pt and its hash) and keep the newest `keep`. Raises UsageError (full disk)."""
     target = folder / f"{PREFIX}{number:06d}"
     staged = folder / f".{target.name}.partial"
     buffer = io.BytesIO()

@@ -1,0 +1,97 @@
+"""Held-out evaluation: the same tasks before and after, at temperature 1 and greedily, compared task by task."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from palaestra.gym.outcome import Failure
+from palaestra.gym.registry import EnvironmentSpec
+from palaestra.gym.types import Episode, Sampling, Scored, Task
+from palaestra.rollout.pool import Draw, work
+from palaestra.rollout.worker import Player
+from palaestra.trainer.recipe import Recipe
+
+Scores = dict[str, dict[str, dict[str, float]]]
+"""Environment -> "mean" (temperature 1) or "greedy" -> task key -> return; tasks without a score are absent."""
+
+MODES = {"mean": 1.0, "greedy": 0.0}
+Z95 = 1.959964
+
+
+def held_out(specs: Mapping[str, EnvironmentSpec], recipe: Recipe) -> dict[str, list[Task]]:
+    """The tasks of the evaluation by environment: the first of the held-out split, in the order of its own seed."""
+    plan = recipe.evaluation
+    return {name: list(islice(spec.tasks("held-out", plan.seed), plan.tasks)) for name, spec in specs.items()}
+
+
+async def evaluate(player: Player, tasks: Mapping[str, list[Task]], recipe: Recipe) -> tuple[Scores, list[Episode]]:
+    """Play every task once a mode. Before and after draw with the same seeds. Also returns the sampled episodes."""
+    gate = asyncio.Semaphore(recipe.evaluation.concurrency)
+    scores: Scores = {}
+    sampled: list[Episode] = []
+    for mode, temperature in MODES.items():
+        sampling = Sampling(temperature=temperature, max_tokens=recipe.rollout.max_tokens)
+        draw = Draw(recipe.seed, f"evaluation-{mode}", sampling)
+        flat = [task for found in tasks.values() for task in found]
+        episodes = await asyncio.gather(*(_play(player, gate, draw, task) for task in flat))
+        played = [episode for episode in episodes if episode is not None]
+        sampled += played if mode == "mean" else []
+        for name in tasks:
+            scores.setdefault(name, {})[mode] = {
+                episode.task.key: episode.result.value
+                for episode in played
+                if episode.task.environment == name and isinstance(episode.result, Scored)
+            }
+    return scores, sampled
+
+
+async def _play(player: Player, gate: asyncio.Semaphore, draw: Draw, task: Task) -> Episode | None:
+    async with gate:
+        try:
+            return await player.play(work(draw, 0, task, 0, 0))
+        except Failure:
+            return None
+
+
+def summary(before: Scores, after: Scores, tasks: Mapping[str, Iterable[Task]]) -> dict[str, Any]:
+    """What summary.json holds: means, and paired gains with 95 % intervals; gains by level beside them."""
+    environments, levels = {}, {}
+    for name, found in tasks.items():
+        found = list(found)
+        environments[name] = {
+            "tasks": len(found),
+            "before": {mode: _mean(before[name][mode].values()) for mode in MODES},
+            "after": {mode: _mean(after[name][mode].values()) for mode in MODES},
+            "gain": paired(before[name]["mean"], after[name]["mean"]),
+            "greedy_gain": paired(before[name]["greedy"], after[name]["greedy"]),
+        }
+        levels[name] = {
+            str(level): paired(
+                before[name]["mean"], after[name]["mean"], {t.key for t in found if t.difficulty == level}
+            )
+            for level in sorted({task.difficulty for task in found})
+        }
+    gains = [part["gain"]["mean"] for part in environments.values()]
+    return {"schema_version": 1, "environments": environments, "levels": levels, "mean_gain": _mean(gains)}
+
+
+def paired(before: Mapping[str, float], after: Mapping[str, float], keys: set[str] | None = None) -> dict[str, float]:
+    """Mean difference and its 95 % interval (normal) over the tasks that both have scored."""
+    common = [key for key in before if key in after and (keys is None or key in keys)]
+    differences = np.array([after[key] - before[key] for key in common])
+    if not len(differences):
+        return {"mean": 0.0, "low": 0.0, "high": 0.0, "tasks": 0}
+    mean = float(differences.mean())
+    half = Z95 * float(differences.std(ddof=1)) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
+    return {"mean": mean, "low": mean - half, "high": mean + half, "tasks": len(differences)}
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found) if found else 0.0
