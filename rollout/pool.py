@@ -22,6 +22,8 @@ from palaestra.gym.registry import EnvironmentSpec, UsageError
 from palaestra.gym.types import Episode, Group, Outcome, Sampling, Task, Unscored
 from palaestra.rollout.worker import Player, Work
 
+Deliver = Callable[[Any, int], Awaitable[None]]
+
 STOP_AFTER = 200
 """Episodes before the share of environment errors can stop a run."""
 
@@ -145,8 +147,8 @@ def work(draw: Draw, round_number: int, task: Task, sample: int, attempt: int) -
 class Pool:
     """Collects groups. `weights` says how much of each environment; `player` plays one episode at a time, many at once.
 
-    `on_model_loss` is awaited when the model server was lost, before an episode is tried again. `lockstep`: a round is
-    played to its end, in the order of (task key, sample), before anything else happens (deterministic runs).
+    `deliver` hands weights and their version to the engines. `lockstep`: a round is played to its
+    end, started in the order of (task key, sample), before anything else happens (deterministic runs).
     """
 
     def __init__(
@@ -156,13 +158,17 @@ class Pool:
         player: Player,
         config: PoolConfig,
         draw: Draw,
+        deliver: Deliver | None = None,
         lockstep: bool = False,
     ) -> None:
         self.config = config
         self.outcomes: Counter[tuple[str, str]] = Counter()
         self.retried: Counter[str] = Counter()
         self.version = 0
-        self.on_model_loss: Callable[[], Awaitable[None]] | None = None
+        self._deliver = deliver
+        self._latest: tuple[Any, int] | None = None
+        self._revivals = 0
+        self._reviving = asyncio.Lock()
         self._player = player
         self._draw = draw
         self._lockstep = lockstep
@@ -186,8 +192,11 @@ class Pool:
         self._judge_losses(groups)
         return groups
 
-    def published(self, version: int) -> None:
-        """The policy now is at `version`: later rounds may start."""
+    async def publish(self, weights: Any, version: int) -> None:
+        """Hand new weights to the engines; the policy then is at `version`, and later rounds may start."""
+        if self._deliver is not None:
+            await self._deliver(weights, version)
+        self._latest = (weights, version)
         self.version = version
         if not self._lockstep:
             self._admit(self._next - 1)
@@ -238,17 +247,25 @@ class Pool:
         task = round.tasks[index]
         attempt = 0
         while True:
+            revivals = self._revivals
             episode = await self._attempt(work(self._draw, round.number, task, sample, attempt))
             cause = episode.outcome.cause
             if attempt >= RULES[cause].retries:
                 break
             attempt += 1
             self.retried[cause.value] += 1
-            if cause is Cause.MODEL_SERVER and self.on_model_loss is not None:
-                await self.on_model_loss()
+            if cause is Cause.MODEL_SERVER:
+                await self._revive(revivals)
         self.outcomes[task.environment, cause.value] += 1
         round.done[index, sample] = episode
         del round.running[index, sample]
+
+    async def _revive(self, seen: int) -> None:
+        """Hand the latest weights to engines that were lost, once for all the episodes that noticed."""
+        async with self._reviving:
+            if self._revivals == seen and self._latest is not None and self._deliver is not None:
+                await self._deliver(*self._latest)
+                self._revivals += 1
 
     async def _attempt(self, work: Work) -> Episode:
         try:

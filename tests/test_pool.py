@@ -46,10 +46,18 @@ class Scripted:
         return Episode(work.id, work.task, result=Scored(value=1.0), provenance=work.provenance)
 
 
-def make(player=None, specs=None, weights=None, lockstep=False, **config):
+def make(player=None, specs=None, weights=None, lockstep=False, deliver=None, **config):
     specs = specs or {"a": Spec("a"), "b": Spec("b")}
     config = PoolConfig(**{"groups": 4, "group_size": 2, "staleness": 1, **config})
-    pool = Pool(specs, weights or dict.fromkeys(specs, 1.0), player or Scripted(), config, Draw(3), lockstep)
+    pool = Pool(
+        specs,
+        weights or dict.fromkeys(specs, 1.0),
+        player or Scripted(),
+        config,
+        Draw(3),
+        lockstep=lockstep,
+        deliver=deliver,
+    )
     pool._player.pool = pool
     return pool
 
@@ -88,7 +96,7 @@ async def test_staleness_bounds_what_starts():
     assert {w.provenance["round"] for w in player.works} == {0, 1}
     with pytest.raises(PoolError, match="needs a policy of version 1"):
         await pool.collect(2)
-    pool.published(1)
+    await pool.publish({}, 1)
     await asyncio.sleep(0.01)
     assert {w.provenance["round"] for w in player.works} == {0, 1, 2}
     synchronous = Scripted()
@@ -113,16 +121,17 @@ async def test_infrastructure_failures_are_retried_twice_then_unscored_and_count
     assert [e.outcome.cause for e in lost] == [Cause.TOOLS] * 2
 
 
-async def test_a_lost_model_server_is_revived_before_the_retry():
-    revived = []
-    pool = make(Scripted(lambda w: Failure(Cause.MODEL_SERVER, "gone") if not revived else None), staleness=0)
+async def test_a_lost_model_server_gets_the_latest_weights_once_before_the_retries():
+    delivered = []
 
-    async def revive():
-        revived.append(True)
+    async def deliver(weights, version):
+        delivered.append((weights, version))
 
-    pool.on_model_loss = revive
+    fail = lambda w: Failure(Cause.MODEL_SERVER, "gone") if len(delivered) < 2 else None  # noqa: E731
+    pool = make(Scripted(fail), staleness=0, deliver=deliver)
+    await pool.publish("weights", 0)
     groups = await pool.collect(0)
-    assert revived
+    assert delivered == [("weights", 0)] * 2
     assert all(isinstance(e.result, Scored) for group in groups for e in group.episodes)
 
 
@@ -161,11 +170,11 @@ async def test_a_resumed_pool_goes_on_where_it_was():
     expected = []
     for step in range(4):
         expected.append([e.id for g in await straight.collect(step) for e in g.episodes])
-        straight.published(step + 1)
+        await straight.publish({}, step + 1)
     pool, seen = make(lockstep=True), []
     for step in range(4):
         seen.append([e.id for g in await pool.collect(step) for e in g.episodes])
-        pool.published(step + 1)
+        await pool.publish({}, step + 1)
         state = pickle.loads(pickle.dumps(pool.state()))
         pool = make(lockstep=True)
         pool.load_state(state)

@@ -1,0 +1,263 @@
+"""A run from recipe to summary: evaluate, train stage by stage, evaluate again, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from palaestra.gym.registry import EnvironmentSpec
+from palaestra.gym.types import Episode, Group, Sampling, Task
+from palaestra.rollout.pool import Draw, Pool
+from palaestra.rollout.worker import Player
+from palaestra.trainer import evaluation, metrics, report, state
+from palaestra.trainer.advantages import ADVANTAGES, Returns, permuted, returns
+from palaestra.trainer.batch import pack
+from palaestra.trainer.demonstrations import Demonstrations
+from palaestra.trainer.evaluation import Scores
+from palaestra.trainer.learner import Learner, LearnerConfig, Metrics
+from palaestra.trainer.recipe import Recipe, RlvrStage, SftStage, Stage
+
+Watch = Callable[[str, int, int, Metrics], None]
+"""Told of every step: the stage's name, the step, the stage's steps, its metrics."""
+
+
+class Stack(Protocol):
+    """What plays under a run: the model that is trained, and the player that samples from its published weights."""
+
+    model: Any
+    renderer: Any
+    player: Player
+
+    async def deliver(self, weights: Any, version: int) -> None:
+        """Hand weights to every engine: prepare and commit."""
+        ...
+
+    def save_model(self, folder: Path) -> None:
+        """Write the model as a checkpoint folder."""
+        ...
+
+    async def close(self) -> None:
+        """Give everything back."""
+        ...
+
+
+@dataclass(eq=False)
+class Run:
+    """A run folder, and how far the run has come."""
+
+    recipe: Recipe
+    folder: Path
+    stack: Stack
+    specs: dict[str, EnvironmentSpec]
+    watch: Watch = lambda stage, step, steps, metrics: None
+    progress: dict[str, Any] = field(default_factory=lambda: {"stage": 0, "step": 0, "before": None})
+
+
+class Rlvr:
+    """The RLVR stage: collect, pack, learn, publish."""
+
+    def __init__(self, run: Run, name: str, stage: RlvrStage) -> None:
+        recipe = run.recipe
+        sampling = Sampling(temperature=recipe.rollout.temperature, max_tokens=recipe.rollout.max_tokens)
+        self.learner = Learner(
+            run.stack.model,
+            "rlvr",
+            LearnerConfig(
+                micro_tokens=stage.micro_tokens,
+                updates=stage.updates,
+                loss=stage.clip,
+                temperature=recipe.rollout.temperature,
+            ),
+            stage.optim,
+        )
+        self.pool = Pool(
+            run.specs,
+            recipe.weights(),
+            run.stack.player,
+            recipe.pool,
+            Draw(recipe.seed, name, sampling),
+            run.stack.deliver,
+            lockstep=recipe.deterministic,
+        )
+        self._stage = stage
+        self._seed = recipe.seed
+        self.episodes: list[Episode] = []
+
+    async def step(self, step: int) -> Metrics:
+        """One step of training."""
+        started = time.monotonic()
+        groups = await self.pool.collect(step)
+        waited = time.monotonic() - started
+        values = self._advantages(groups, step)
+        batch = pack(groups, values)
+        measured = self.learner.step(batch)
+        await self.pool.publish(self.learner.weights(), version=step + 1)
+        self.episodes = [episode for group in groups for episode in group.episodes]
+        seconds = time.monotonic() - started
+        return {
+            **metrics.describe(groups, values, step, batch.versions),
+            **measured,
+            "collect_seconds": waited,
+            "step_seconds": seconds,
+            "sampled_tokens_per_second": batch.tokens / seconds,
+            "learner_idle_share": waited / seconds,
+        }
+
+    async def start(self) -> None:
+        """Hand the first weights (a resumed run: the latest) to the engines."""
+        await self.pool.publish(self.learner.weights(), version=self.pool.version)
+
+    def state(self) -> dict[str, Any]:
+        """Learner and pool."""
+        return {"learner": self.learner.state_dict(), "pool": self.pool.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take up a saved state."""
+        self.learner.load_state_dict(state["learner"])
+        self.pool.load_state(state["pool"])
+
+    async def close(self) -> None:
+        """Cancel what is still being played."""
+        await self.pool.close()
+
+    def _advantages(self, groups: list[Group], step: int) -> Returns:
+        values = returns(groups)
+        if self._stage.permute_rewards:
+            generator = np.random.default_rng((self._seed, step))
+            values = permuted(values, [group.task.environment for group in groups], generator)
+        return ADVANTAGES[self._stage.advantage](values)
+
+
+class Sft:
+    """The supervised stage: demonstrate, learn."""
+
+    def __init__(self, run: Run, name: str, stage: SftStage) -> None:
+        recipe = run.recipe
+        config = LearnerConfig(micro_tokens=stage.micro_tokens, train_router=True)
+        self.learner = Learner(run.stack.model, "sft", config, stage.optim)
+        self._data = Demonstrations(run.specs, recipe.weights(), run.stack.renderer, recipe.seed)
+        self._stage = stage
+
+    async def start(self) -> None:
+        """Nothing samples during supervised training."""
+
+    async def step(self, step: int) -> Metrics:
+        """One step of training."""
+        started = time.monotonic()
+        batch = await self._data.batch(self._stage.batch, easy=step < self._stage.easy_steps)
+        measured = self.learner.step(batch)
+        return {**measured, "step_seconds": time.monotonic() - started}
+
+    def state(self) -> dict[str, Any]:
+        """Learner and cursors."""
+        return {"learner": self.learner.state_dict(), "data": self._data.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take up a saved state."""
+        self.learner.load_state_dict(state["learner"])
+        self._data.load_state(state["data"])
+
+    async def close(self) -> None:
+        """Shut the environments."""
+        await self._data.close()
+
+
+async def train(run: Run) -> dict[str, Any]:
+    """Evaluate, train every stage, evaluate again, write summary and report. Returns the summary.
+
+    A run that was stopped goes on from its newest checkpoint. Raises UsageError, PoolError, MissedDeadline.
+    """
+    saved = _resume(run)
+    tasks = evaluation.held_out(run.specs, run.recipe) if run.recipe.evaluation.tasks else {}
+    if tasks and run.progress["before"] is None:
+        run.progress["before"], _ = await _evaluate(run, tasks)
+    for number, (name, stage) in enumerate(run.recipe.stages.items()):
+        if number >= run.progress["stage"]:
+            await _train_stage(run, name, stage, saved)
+            saved = None
+            run.progress |= {"stage": number + 1, "step": 0, "elapsed": 0.0}
+    run.stack.save_model(run.folder / "model")
+    after, sampled = await _evaluate(run, tasks) if tasks else ({}, [])
+    return _finish(run, tasks, after, sampled)
+
+
+async def _train_stage(run: Run, name: str, stage: Stage, saved: dict[str, Any] | None) -> None:
+    kind = Rlvr(run, name, stage) if isinstance(stage, RlvrStage) else Sft(run, name, stage)  # type: ignore[arg-type]
+    if saved is not None:
+        kind.load_state(saved)
+    first = run.progress["step"]
+    log = metrics.Log(run.folder, name, first)
+    started = time.monotonic() - run.progress.get("elapsed", 0.0)
+    try:
+        await kind.start()
+        for step in range(first, stage.steps):
+            measured = await kind.step(step)
+            elapsed = time.monotonic() - started
+            log.write(step, {**measured, "elapsed": elapsed})
+            run.watch(name, step, stage.steps, measured)
+            run.progress |= {"step": step + 1, "elapsed": elapsed}
+            if (step + 1) % run.recipe.checkpoint.every == 0 and step + 1 < stage.steps:
+                _save(run, kind.state())
+            if stage.minutes is not None and elapsed > 60 * stage.minutes:
+                break
+    finally:
+        log.close()
+        await kind.close()
+
+
+async def _evaluate(run: Run, tasks: dict[str, list[Task]]) -> tuple[Scores, list[Episode]]:
+    await run.stack.deliver(dict(run.stack.model.weights()), 0)
+    return await evaluation.evaluate(run.stack.player, tasks, run.recipe)
+
+
+def _finish(run: Run, tasks: dict[str, list[Task]], after: Scores, sampled: list[Episode]) -> dict[str, Any]:
+    summary = evaluation.summary(run.progress["before"], after, tasks) if tasks else {"environments": {}}
+    rows = metrics.read(run.folder / "metrics.jsonl")
+    report.curves(rows, run.folder / "curves.png")
+    report.page(run.recipe.name, summary, run.folder / "curves.png", sampled, run.folder / "report.html")
+    staged = run.folder / "summary.json.partial"
+    staged.write_text(json.dumps(summary, indent=1) + "\n")
+    os.replace(staged, run.folder / "summary.json")
+    return summary
+
+
+def _save(run: Run, stage_state: dict[str, Any]) -> None:
+    checkpoints = run.folder / "checkpoints"
+    number = run.progress["stage"] * 1_000_000 + run.progress["step"]
+    content = {"progress": run.progress, "stage": stage_state}
+    state.save(checkpoints, number, content, run.recipe.checkpoint.keep)
+
+
+def _resume(run: Run) -> dict[str, Any] | None:
+    found = state.load(run.folder / "checkpoints")
+    if found is None:
+        return None
+    run.progress = found["progress"]
+    stage: dict[str, Any] = found["stage"]
+    return stage
+
+
+def prepare(recipe: Recipe) -> torch.device:
+    """Set threads, seeds and determinism; returns the device that `device` names."""
+    torch.manual_seed(recipe.seed)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    if recipe.deterministic:
+        torch.use_deterministic_algorithms(True)
+    if recipe.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(recipe.device)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's numbers depend on."""
+    return {name: installed_version(name) for name in ("palaestra", "torch", "numpy", "pydantic")}
