@@ -1,0 +1,80 @@
+"""Puts a recipe's parts together: the model, its engine and token policy, and whoever plays the episodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from palaestra.gym.agent import MAIN
+from palaestra.gym.registry import EnvironmentSpec, UsageError, suggest
+from palaestra.model import checkpoint
+from palaestra.model.network import Hybrid
+from palaestra.model.presets import PRESETS
+from palaestra.model.renderer import NemotronRenderer
+from palaestra.model.tokenizer import Tokenizer
+from palaestra.rollout.worker import Worker
+from palaestra.trainer.recipe import Recipe
+
+SHIPPED = Path(__file__).parent / "assets"
+
+
+def model(recipe: Recipe, tokenizer: Tokenizer) -> Hybrid:
+    """The network of `recipe.model`: a checkpoint folder, `preset:NAME`, or the name of one that ships.
+
+    Raises UsageError naming what is not there, CheckpointError naming a damaged file.
+    """
+    kind, _, name = recipe.model.partition(":")
+    if kind == "preset":
+        if name not in PRESETS:
+            raise UsageError(f"model: no preset {name!r}: {suggest(name, PRESETS)}")
+        config = PRESETS[name]
+        return Hybrid(config if recipe.nvfp4 else config.model_copy(update={"nvfp4": ()}))
+    folder = SHIPPED / recipe.model if (SHIPPED / recipe.model).is_dir() else Path(recipe.model)
+    if not folder.is_dir():
+        raise UsageError(f"model: there is no checkpoint folder {recipe.model}; give one, or preset:NAME")
+    loaded = checkpoint.load(folder)
+    known = checkpoint.tokenizer_hash(folder)
+    if known and known != tokenizer.sha256:
+        raise UsageError(
+            f"model: {folder} was trained with another tokenizer ({known[:12]}, not {tokenizer.sha256[:12]})"
+        )
+    return loaded if recipe.nvfp4 else _unquantised(loaded)
+
+
+def _unquantised(quantised: Hybrid) -> Hybrid:
+    plain = Hybrid(quantised.config.model_copy(update={"nvfp4": ()}))
+    plain.load_state_dict(quantised.state_dict())
+    return plain
+
+
+class Inline:
+    """Everything in this process: engine, episodes and learner take turns."""
+
+    def __init__(self, recipe: Recipe, specs: dict[str, EnvironmentSpec], device: Any) -> None:
+        from palaestra.rollout.hybrid_engine import HybridEngine
+        from palaestra.rollout.policy import TokenPolicy
+
+        self._tokenizer = Tokenizer.load()
+        self.model: Any = model(recipe, self._tokenizer).to(device)
+        self.renderer = NemotronRenderer(self._tokenizer)
+        self._engine = HybridEngine(Hybrid(self.model.config).to(device))
+        policy = TokenPolicy(self.renderer, self._engine)
+        self.player = Worker(specs, {MAIN: policy}, recipe.rollout.bounds(recipe.deterministic))
+
+    async def deliver(self, weights: Any, version: int) -> None:
+        """Prepare and commit."""
+        await self._engine.prepare(weights, version)
+        await self._engine.commit(version)
+
+    def save_model(self, folder: Path) -> None:
+        """Write the masters as a checkpoint folder."""
+        checkpoint.save(folder, self.model, self._tokenizer.sha256)
+
+    async def close(self) -> None:
+        """Shut environments and engine."""
+        await self.player.close()
+
+
+def assemble(recipe: Recipe, specs: dict[str, EnvironmentSpec], device: Any) -> Inline:
+    """The stack of the recipe's placement."""
+    return Inline(recipe, specs, device)

@@ -1,0 +1,94 @@
+"""`palaestra train RECIPE [key=value ...]`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from palaestra.gym.registry import UsageError
+
+if TYPE_CHECKING:
+    from palaestra.trainer.recipe import Recipe
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="a shipped recipe (quickstart, warmstart) or FILE.toml")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="the value is TOML")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with an unfinished run")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check the recipe, print it, train nothing")] = False,
+    runs: Annotated[Path, typer.Option(help="where run folders lie")] = Path("runs"),
+) -> None:
+    """Train by a recipe: RLVR or supervised, stage by stage; held-out evaluation before and after."""
+    from palaestra.trainer.recipe import load
+
+    resolved = load(recipe, overrides or [])
+    specs = resolved.specs()
+    if dry_run:
+        typer.echo(resolved.model_dump_json(indent=1))
+        return
+    summary = asyncio.run(_run(resolved, specs, folder_of(resolved, runs, resume), resume))
+    _show(summary)
+
+
+def folder_of(recipe: Recipe, runs: Path, resume: bool) -> Path:
+    """The run's folder: `runs/NAME`; a finished run is never overwritten (NAME-2).
+
+    Raises UsageError for an unfinished one without `resume`, and for a resumed one whose recipe has changed.
+    """
+    number = 1
+    while (
+        (folder := runs / (recipe.name if number == 1 else f"{recipe.name}-{number}")).joinpath("summary.json").exists()
+    ):
+        number += 1
+    written = folder / "recipe.json"
+    if written.exists():
+        if not resume:
+            raise UsageError(f"{folder} holds an unfinished run; give --resume to go on, or delete it")
+        if json.loads(written.read_text()) != json.loads(recipe.model_dump_json()):
+            raise UsageError(f"{written} differs from the recipe given; resume with the same recipe and overrides")
+        return folder
+    if folder.exists():
+        shutil.rmtree(folder)
+    return folder
+
+
+async def _run(recipe: Recipe, specs: dict[str, Any], folder: Path, resume: bool) -> dict[str, Any]:
+    from palaestra.trainer.assembly import assemble
+    from palaestra.trainer.loop import Run, prepare, train, versions
+    from palaestra.trainer.screen import Screen
+
+    device = prepare(recipe)
+    stack = assemble(recipe, specs, device)
+    write_head(folder, recipe, versions())
+    try:
+        with Screen() as screen:
+            return await train(Run(recipe, folder, stack, specs, screen.show))
+    finally:
+        await stack.close()
+
+
+def write_head(folder: Path, recipe: Recipe, versions: dict[str, str]) -> None:
+    """Write the resolved recipe and the versions. Raises UsageError (a full disk, say)."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in (("versions.json", json.dumps(versions)), ("recipe.json", recipe.model_dump_json(indent=1))):
+            staged = folder / f".{name}.partial"
+            staged.write_text(text + "\n")
+            staged.replace(folder / name)
+    except OSError as error:
+        raise UsageError(f"cannot write the run folder {folder}: {error.strerror or error}; free space there") from None
+
+
+def _show(summary: dict[str, Any]) -> None:
+    for name, part in summary["environments"].items():
+        gain = part["gain"]
+        typer.echo(
+            f"{name}: {part['before']['mean']:.3f} -> {part['after']['mean']:.3f} "
+            f"({gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]; "
+            f"greedy {part['before']['greedy']:.3f} -> {part['after']['greedy']:.3f}; {part['tasks']} held-out tasks)"
+        )
