@@ -13,7 +13,7 @@ from palaestra.gym.agent import Loop
 from palaestra.gym.environment import Environment, gold_messages, judges
 from palaestra.gym.episode import Bounds, run_episode
 from palaestra.gym.fuzz import MALFORMED, broken_calls, valid_calls
-from palaestra.gym.leftovers import holdings, left_since, marked
+from palaestra.gym.leftovers import Holdings, holdings, left_since, marked
 from palaestra.gym.outcome import RULES, Cause, Failure
 from palaestra.gym.policies import Null
 from palaestra.gym.policy import Policy, Replay, ToolDeclaration
@@ -23,6 +23,8 @@ from palaestra.gym.types import Completion, Episode, Limits, Message, Record, Sa
 from palaestra.gym.wire import number, transcript
 
 ROUNDS = 3
+MOST_TURNS = 64
+"""Turns of an episode under check, unless gold is longer."""
 FUZZED_CALLS = 12
 _CLOSE_ENOUGH = 1e-6
 
@@ -50,10 +52,11 @@ class _Subject:
         self.prototype = self.kind(spec.settings())
         self.full = sum(max(judge.weight or 0.0, 0.0) for judge in judges(self.kind))
         self.seconds = seconds
-        limits = Limits(turns=64, seconds=10 * seconds)
+        limits = Limits(seconds=10 * seconds)
         self.bounds = Bounds(limits=limits, setup=6 * seconds, tool=seconds, respond=seconds, judge=6 * seconds)
         self.golds: dict[str, list[Message]] = {}
         self.playable = True
+        self.turns = MOST_TURNS
         self.mark = ""
 
     def declarations(self) -> list[ToolDeclaration]:
@@ -81,6 +84,8 @@ class _Subject:
         policies = dict.fromkeys((*self.kind.roles, "main"), policy)
         environment = environment or self.prototype.fresh()
         name = f"check-{task.key}"
+        limits = task.limits.model_copy(update={"turns": min(task.limits.turns or self.turns, self.turns)})
+        task = task.model_copy(update={"limits": limits})
         return await run_episode(environment, Loop(), policies, task, Sampling(seed=0), name, self.bounds)
 
 
@@ -116,7 +121,7 @@ async def check(
             await _with_resources(subject, findings, on_finding)
         finally:
             worker.shut()
-        processes = before.__class__(processes=holdings(subject.mark).beyond(before).processes).named(1)
+        processes = Holdings(processes=holdings(subject.mark).beyond(before).processes).named(1)
         _record(findings, on_finding, "shut", [f"after shut() is left: {line}" for line in processes])
     return findings
 
@@ -183,6 +188,7 @@ async def _gold(subject: _Subject) -> list[str]:
         if gold is None:
             continue
         subject.golds[task.key] = gold
+        subject.turns = max(subject.turns, 2 * len(gold))
         episode = await subject.play(task, Replay(gold))
         if _infrastructure(episode):
             subject.playable = False
@@ -341,7 +347,6 @@ async def _cancelled(subject: _Subject) -> list[str]:
 
 async def _left(subject: _Subject, once: Callable[[Task, Sequence[Message]], Awaitable[None]], what: str) -> list[str]:
     """What is held after some rounds and was not after the first, which may fill caches."""
-    problems: list[str] = []
     for task, script in subject.scripts():
         began = holdings(subject.mark)
         await once(task, script)
@@ -350,9 +355,11 @@ async def _left(subject: _Subject, once: Callable[[Task, Sequence[Message]], Awa
         for _ in range(ROUNDS):
             await once(task, script)
         worker.shut()
-        started = before.__class__(began.processes, before.threads, before.descriptors)
-        problems += [f"{what}: {line}" for line in await left_since(started, subject.mark, ROUNDS)]
-    return problems[:3]
+        started = Holdings(began.processes, before.threads, before.descriptors)
+        lines = await left_since(started, subject.mark, ROUNDS)
+        if lines:
+            return [f"{what}: {line}" for line in lines]
+    return []
 
 
 async def _faults(subject: _Subject) -> list[str]:
