@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from palaestra.model.cache import State
+from palaestra.model.cache import Cache, State
 from palaestra.model.config import ModelConfig
 from palaestra.model.layers import Linear
 
@@ -22,22 +22,23 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden_size, self.kv_heads * self.dim)
         self.o_proj = Linear(self.heads * self.dim, config.hidden_size)
 
-    def forward(self, x: Tensor, state: State | None, past: Tensor | None) -> Tensor:
-        """float[B, L, hidden] -> the same; `state` keys and values with `past` int64[B] tokens, extended in place."""
+    def forward(self, x: Tensor, state: State | None, cache: Cache | None) -> Tensor:
+        """float[B, L, hidden] -> the same; `state` holds the keys and values of `cache`, extended in place."""
         batch, length, _ = x.shape
         q = self.q_proj(x).view(batch, length, self.heads, self.dim).transpose(1, 2)
         k = self.k_proj(x).view(batch, length, self.kv_heads, self.dim).transpose(1, 2)
         v = self.v_proj(x).view(batch, length, self.kv_heads, self.dim).transpose(1, 2)
-        if state is None or past is None:
+        if state is None or cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            y = self._cached(q, k, v, state, past)
+            y = self._cached(q, k, v, state, cache)
         result: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
         return result
 
-    def _cached(self, q: Tensor, k: Tensor, v: Tensor, state: State, past: Tensor) -> Tensor:
+    def _cached(self, q: Tensor, k: Tensor, v: Tensor, state: State, cache: Cache) -> Tensor:
         """Append k and v at each row's own length, then attend to everything up to each query's position."""
         length = q.shape[2]
+        past = cache.lengths
         at = past[:, None] + torch.arange(length, device=q.device)
         total = int(at.max()) + 1
         if total > state[0].shape[2]:
@@ -45,6 +46,7 @@ class Attention(nn.Module):
         rows = torch.arange(len(past), device=q.device)[:, None]
         state[0][rows, :, at] = k.transpose(1, 2)
         state[1][rows, :, at] = v.transpose(1, 2)
+        total = cache.capacity if cache.fixed else total
         keys, values = state[0][:, :, :total], state[1][:, :, :total]
         mask = torch.arange(total, device=q.device) <= at[:, None, :, None]
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)

@@ -89,7 +89,7 @@ class Mamba(nn.Module):
     def forward(self, u: Tensor, lengths: Tensor | None, state: State | None) -> Tensor:
         """float[B, L, hidden] -> the same. Tokens from lengths int64[B] on are padding and change no state; `state`
         (convolution window, recurrent state) is the past, updated in place."""
-        config, (batch, length, _) = self.config, u.shape
+        config = self.config
         z, xbc, dt = self.in_proj(u).split([config.mamba_width, config.conv_width, config.mamba_num_heads], dim=-1)
         xbc = F.silu(self._convolve(xbc, lengths, state))
         x, b, c = xbc.split([config.mamba_width, *[config.n_groups * config.ssm_state_size] * 2], dim=-1)
@@ -103,7 +103,7 @@ class Mamba(nn.Module):
         dt = F.softplus(dt + self.dt_bias)
         if self.config.hf_dt_clamp:
             dt = dt.clamp(min=self.config.time_step_min)
-        if lengths is not None and dt.shape[1] > 1:
+        if lengths is not None:
             dt = dt * (torch.arange(dt.shape[1], device=dt.device) < lengths[:, None])[..., None]
         return dt
 

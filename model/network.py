@@ -42,7 +42,7 @@ class Block(nn.Module):
         if self.letter == "M":
             mixed = self.mixer(normed, lengths, state)
         elif self.letter == "*":
-            mixed = self.mixer(normed, state, None if cache is None else cache.lengths)
+            mixed = self.mixer(normed, state, cache)
         else:
             mixed = self.mixer(normed)
         result: Tensor = x + mixed
@@ -80,9 +80,9 @@ class Hybrid(nn.Module):
     def forward(self, ids: Tensor, lengths: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Hidden states of right-padded sequences.
 
-        ids int64[B, L]; lengths int64[B], the tokens of each row that are no padding (None: all); cache: the rows' past,
-        extended in place. Returns float32[B, L, hidden]; values at padding mean nothing. One token a row with a cache is
-        the recurrent step. Raises ValueError when the cache is full.
+        ids int64[B, L]; lengths int64[B], the tokens of each row that are no padding (None: all; 0 leaves a row as it
+        is); cache: the rows' past, extended in place. Returns float32[B, L, hidden]; values at padding mean nothing.
+        One token a row with a cache is the recurrent step. Raises ValueError when the cache is full.
         """
         hidden: Tensor = self.backbone(ids, lengths, cache)
         if cache is not None:
@@ -109,7 +109,7 @@ class Hybrid(nn.Module):
     @torch.no_grad()
     def weights(self, nvfp4: bool = True) -> Iterator[Named]:
         """What a sampler needs, under the names on disk: `X.weight` uint8, `X.weight_scale` float8_e4m3fn and
-        `X.weight_scale_2` float32 for quantised weights (ModelOpt's triple), float32 for the rest. Tensors are copies."""
+        `X.weight_scale_2` float32 for quantised weights (ModelOpt's triple), float32 for the rest. All are copies."""
         quantised = self._quantised_names() if nvfp4 else set()
         for name, tensor in self.state_dict().items():
             if name not in quantised:
