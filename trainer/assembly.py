@@ -51,19 +51,22 @@ class Inline:
     """Everything in this process: engine, episodes and learner take turns."""
 
     def __init__(self, recipe: Recipe, specs: dict[str, EnvironmentSpec], device: Any) -> None:
-        from palaestra.rollout.hybrid_engine import HybridEngine
+        from palaestra.rollout.hybrid_engine import EngineConfig, HybridEngine, empty
         from palaestra.rollout.policy import TokenPolicy
 
         self._tokenizer = Tokenizer.load()
         self.model: Any = model(recipe, self._tokenizer).to(device)
         self.renderer = NemotronRenderer(self._tokenizer)
-        self._engine = HybridEngine(Hybrid(self.model.config).to(device))
+        config = EngineConfig(
+            slots=recipe.rollout.slots, context=recipe.rollout.context, deterministic=recipe.deterministic
+        )
+        self._engine = HybridEngine(empty(self.model.config), config)
         policy = TokenPolicy(self.renderer, self._engine)
         self.player = Worker(specs, {MAIN: policy}, recipe.rollout.bounds(recipe.deterministic))
 
     async def deliver(self, weights: Any, version: int) -> None:
         """Prepare and commit."""
-        await self._engine.prepare(weights, version)
+        await self._engine.prepare(weights.items(), version)
         await self._engine.commit(version)
 
     def save_model(self, folder: Path) -> None:

@@ -39,6 +39,8 @@ class RolloutPart(Part):
     temperature: float = Field(default=1.0, gt=0)
     max_tokens: int = Field(default=64, ge=1, description="of one reply")
     turns: int = Field(default=8, ge=1)
+    context: int = Field(default=512, ge=16, description="tokens of a conversation")
+    slots: int = Field(default=192, ge=1, description="conversations that the engine keeps at once")
     seconds: float = Field(default=120.0, gt=0)
 
     def bounds(self, deterministic: bool) -> Bounds:
