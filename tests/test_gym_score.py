@@ -107,7 +107,7 @@ async def test_what_the_environment_said_between_replies_is_part_of_the_recordin
         ({"messages": [USER]}, "hold no reply"),
         ({"messages": [say("1"), USER]}, "no reply follows"),
         ({"messages": [{"role": "robot", "content": "1"}]}, "not a row to score"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "a tool call must hold"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "a tool call must look like"),
         ({"messages": "text"}, "a message must be an object"),
         ({}, "either reply"),
         ({"reply": "1", "messages": []}, "either reply"),

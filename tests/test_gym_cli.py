@@ -1,0 +1,254 @@
+"""The command line, as a newcomer uses it, with torch and Ray out of reach."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import typer
+
+from palaestra.gym import cli
+from palaestra.gym.registry import UsageError
+
+CORE_ONLY = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "ray", "transformers", "tokenizers"):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Absent())
+from palaestra.gym.cli import main
+main()
+"""
+
+
+def core(*arguments, folder) -> subprocess.CompletedProcess:
+    """`palaestra ARGUMENTS` in a process that has neither torch nor Ray."""
+    command = [sys.executable, "-P", "-c", CORE_ONLY, *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100)
+
+
+def run(*arguments) -> None:
+    """`palaestra ARGUMENTS` in this process."""
+    try:
+        cli.main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
+@pytest.fixture
+def server():
+    """An endpoint that adds by calling the tool, then says what the tool said."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            messages = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"]
+            if messages[-1]["role"] == "tool":
+                message = {"role": "assistant", "content": messages[-1]["content"]}
+            else:
+                a, b = map(int, re.findall(r"\d+", messages[-1]["content"]))
+                function = {"name": "add", "arguments": json.dumps({"a": a, "b": b})}
+                message = {"role": "assistant", "content": None, "tool_calls": [{"id": "c1", "function": function}]}
+            usage = {"prompt_tokens": 20, "completion_tokens": 5}
+            payload = json.dumps({"choices": [{"message": message}], "usage": usage}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(payload)))
+            self.end_headers()
+            self.wfile.write(payload)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()
+
+
+def test_new_check_score_and_eval_work_on_the_core_install_alone(tmp_path, server):
+    done = core("env", "new", "sums", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [len((tmp_path / name).read_text().splitlines()) for name in ("sums.py", "test_sums.py")]
+    assert sum(lines) < 40
+    done = core("env", "check", "sums.py:Sums", folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (tmp_path / "rows.jsonl").write_text('{"answer": "5", "reply": "5"}\n{"answer": "5", "reply": "6", "key": "k"}\n')
+    done = core("env", "score", "sums.py", "--input", "rows.jsonl", "--output", "out.jsonl", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    verdicts = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [verdict["reward"] for verdict in verdicts] == [1.0, 0.0]
+    policy = f"openai:m@{server}"
+    evaluate = ("eval", "--policy", policy, "--policy", "null", "--env", "sums.py", "-n", 6, "-k", 2, "--out", "out")
+    done = core(*evaluate, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (first["policy"], first["reward"]["mean"], first["tool_calls"], first["turns"]) == (policy, 1.0, 1.0, 2.0)
+    assert (first["prompt_tokens"], first["completion_tokens"]) == (40.0, 10.0)
+    assert second["reward"]["mean"] == 0.0
+
+
+def test_the_scaffolds_test_passes(tmp_path):
+    run("env", "new", "sums", "--folder", tmp_path)
+    pytest_command = [str(Path(sys.executable).parent / "pytest"), "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    done = subprocess.run(pytest_command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout
+    assert "1 passed" in done.stdout
+
+
+def test_env_list_is_quick_and_imports_no_environment(tmp_path):
+    core("env", "list", folder=tmp_path)
+    seconds = []
+    for _ in range(3):
+        started = time.monotonic()
+        done = core("env", "list", folder=tmp_path)
+        seconds.append(time.monotonic() - started)
+        assert done.returncode == 0
+    assert {"math", "code", "search"} <= {line.split()[0] for line in done.stdout.splitlines()}
+    assert min(seconds) < 1.0
+
+
+@pytest.fixture
+def sums(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("env", "new", "sums")
+    return tmp_path / "sums.py"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["env", "check", "mth"], "did you mean 'math'"),
+        (["env", "check", "sums.py", "config.size=3"], "no config key 'size'"),
+        (["env", "check", "sums.py", "size=3"], "write config.KEY=VALUE"),
+        (["env", "check", "sums.py", "size"], "is no override"),
+        (["env", "new", "1x"], "not a Python name"),
+        (["env", "new", "sums"], "exists; choose another name"),
+        (["env", "score", "sums.py", "--input", "no.jsonl", "--output", "o"], "there is no data file no.jsonl"),
+        (["tasks", "show", "sums.py", "nokey"], "no task has the key 'nokey'"),
+        (["eval", "--policy", "nul", "--env", "sums.py"], "did you mean 'null'"),
+        (["eval", "--policy", "null", "--env", "sums.py", "environments.x.config.a=1"], "ALIAS of ['sums']"),
+        (["eval", "--policy", "null", "--env", "sums.py", "--split", "nowhere"], "no tasks in split 'nowhere'"),
+    ],
+)
+def test_an_error_is_one_clear_line_and_a_status(arguments, text, sums, capsys):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("episodes ")]
+    assert end.value.code == 1
+    assert len(errors) == 1
+    assert text in errors[0]
+    assert not (sums.parent / "o").exists()
+
+
+def test_a_faulty_environment_fails_the_check_with_a_status(sums, capsys):
+    sums.write_text(sums.read_text().replace("answer.strip() ==", "answer.strip() !="))
+    with pytest.raises(SystemExit) as end:
+        cli.main(["env", "check", "sums.py", "--tasks", "2", "--seconds", "2"])
+    out, err = capsys.readouterr()
+    assert end.value.code == 1
+    assert "FAIL gold: task" in out
+    assert "found" in err
+
+
+def test_too_many_unscored_rows_or_episodes_fail_with_a_status(sums, capsys, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"answer": "5"}\n')
+    with pytest.raises(SystemExit) as end:
+        cli.main(["env", "score", "sums.py", "--input", "rows.jsonl", "--output", "out.jsonl"])
+    assert end.value.code == 1
+    assert json.loads((tmp_path / "out.jsonl").read_text())["outcome"] == "refused"
+    sums.write_text(sums.read_text().replace("return float(", "raise OSError("))
+    with pytest.raises(SystemExit) as end:
+        cli.main(["eval", "--policy", "null", "--env", "sums.py", "-n", "2"])
+    assert end.value.code == 1
+    assert "2 of 2 episodes are unscored" in capsys.readouterr().err
+
+
+def test_tasks_are_listed_shown_and_played(sums, capsys):
+    capsys.readouterr()
+    run("tasks", "list", sums, "-n", 3)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    key = lines[1].split("\t")[0]
+    run("tasks", "show", sums, key)
+    task = json.loads(capsys.readouterr().out)
+    assert (task["key"], task["environment"]) == (key, "sums")
+    run("env", "play", sums, "--key", key, "--policy", "scripted:gold")
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == f"[user] {task['prompt']}"
+    assert json.loads(out[-1])["reward"] == 1.0
+
+
+def test_configuration_reaches_the_environment_from_the_command_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("env", "play", "gymnasium:CartPole-v1", "config.steps=1", "--policy", "null")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["outcome"] == "limit:turns"
+    run("eval", "--policy", "null", "--env", "c=gymnasium:FrozenLake-v1", "environments.c.config.steps=1", "-n", 1)
+    assert "c " in capsys.readouterr().out
+
+
+def test_overrides_are_toml_or_a_bare_word():
+    assert cli.override("a.b=3") == (["a", "b"], 3)
+    assert cli.override("a=[1, 2]") == (["a"], [1, 2])
+    assert cli.override("a=word") == (["a"], "word")
+    assert cli.config_of(["config.a.b=true"]) == {"a": {"b": True}}
+
+
+def test_other_folders_commands_are_imported_only_when_called(monkeypatch, capsys):
+    app = typer.Typer()
+
+    @app.command("make")
+    def make() -> None:
+        typer.echo("made")
+
+    @app.command("other")
+    def other() -> None:
+        """Another."""
+
+    def hello(name: str) -> None:
+        if name == "error":
+            raise UsageError("a clear line")
+        if name == "bug":
+            raise ZeroDivisionError("by\nzero")
+        typer.echo(f"hello {name}")
+
+    monkeypatch.setitem(globals(), "app", app)
+    monkeypatch.setitem(globals(), "hello", hello)
+    monkeypatch.setitem(sys.modules, "palaestra_test_commands", sys.modules[__name__])
+    found = {
+        "group": EntryPoint("group", "palaestra_test_commands:app", cli.COMMANDS),
+        "hello": EntryPoint("hello", "palaestra_test_commands:hello", cli.COMMANDS),
+        "absent": EntryPoint("absent", "no_such_module:command", cli.COMMANDS),
+    }
+    monkeypatch.setattr(cli, "points", lambda group: found)
+    run("hello", "you")
+    run("group", "make")
+    run("--help")
+    out = capsys.readouterr().out
+    assert "hello you" in out
+    assert "made" in out
+    assert "absent" in out
+    for arguments, text in (
+        (["hello", "error"], "palaestra: a clear line"),
+        (["hello", "bug"], "palaestra: ZeroDivisionError: by zero (PALAESTRA_TRACEBACK=1 shows where)"),
+        (["absent"], "palaestra absent: No module named 'no_such_module'; pip install 'palaestra[train]'"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            cli.main(arguments)
+        assert end.value.code == 1
+        assert text in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        cli.main(["hello"])
+    assert end.value.code == 2
