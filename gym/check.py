@@ -81,7 +81,7 @@ class _Subject:
 
     async def play(self, task: Task, policy: Policy, environment: Environment | None = None) -> Episode:
         """One episode on a fresh object."""
-        policies = dict.fromkeys((*self.kind.roles, "main"), policy)
+        policies = {**{role: Null() for role in self.kind.roles}, "main": policy}
         environment = environment or self.prototype.fresh()
         name = f"check-{task.key}"
         limits = task.limits.model_copy(update={"turns": min(task.limits.turns or self.turns, self.turns)})

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from palaestra.gym.registry import UsageError, descriptions, one_line, points, spec
+from palaestra.gym.registry import UsageError, descriptions, one_line, points, spec, split_alias
 
 COMMANDS = "palaestra.commands"
 TRACEBACK = "PALAESTRA_TRACEBACK"
@@ -201,14 +201,13 @@ def evaluation(
 
 def _specs(refs: Sequence[str], overrides: Sequence[str]) -> list[Any]:
     """The environments, each with the overrides that name it. Raises UsageError for one that names none."""
-    named = {found.alias: ref for ref in refs for found in [spec(ref)]}
-    of: dict[str, list[str]] = {alias: [] for alias in named}
+    aliases = [split_alias(ref)[0] for ref in refs]
+    of: dict[str, list[str]] = {alias: [] for alias in aliases}
     for text in overrides:
         parts, _ = override(text)
         if parts[0] != "environments" or len(parts) < 3 or parts[1] not in of:
             raise UsageError(f"{text!r} has no effect; write environments.ALIAS.config.KEY=VALUE, ALIAS of {list(of)}")
         of[parts[1]].append(text)
-    aliases = [spec(ref).alias for ref in refs]
     configs = {alias: config_of(texts, "environments", alias) for alias, texts in of.items()}
     return [spec(ref, configs[alias]) for ref, alias in zip(refs, aliases, strict=True)]
 

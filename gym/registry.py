@@ -116,8 +116,7 @@ class EnvironmentSpec:
 
 def spec(ref: str, config: Mapping[str, Any] | None = None) -> EnvironmentSpec:
     """The spec of `[ALIAS=]REF`. Raises UsageError when nothing is found there, or the configuration does not fit."""
-    named = _ALIAS.match(ref)
-    alias, target = (named.group(1), named.group(2)) if named else (_default_alias(ref), ref)
+    alias, target = split_alias(ref)
     source: bytes | None = None
     if _is_file(target):
         path, name = _split_file(target)
@@ -129,6 +128,12 @@ def spec(ref: str, config: Mapping[str, Any] | None = None) -> EnvironmentSpec:
     configure(environment, config or {}, alias)
     digest = hashlib.sha256(source).hexdigest() if source is not None else _module_hash(environment)
     return EnvironmentSpec(target, alias, digest, source, dict(config or {}))
+
+
+def split_alias(ref: str) -> tuple[str, str]:
+    """`[ALIAS=]REF` as the name in this run (by default what the reference suggests) and the reference."""
+    named = _ALIAS.match(ref)
+    return (named.group(1), named.group(2)) if named else (_default_alias(ref), ref)
 
 
 def configure(environment: type[Environment], config: Mapping[str, Any], alias: str) -> BaseModel:
