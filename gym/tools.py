@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_type_hints, overload
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
@@ -38,17 +38,26 @@ class ToolUnavailable(Exception):
 
 
 class ToolSpec(NamedTuple):
-    """A tool as declared: its name, the method behind it, the model of its arguments and its OpenAI declaration."""
+    """A tool as declared: the method behind it, the model of its arguments and its OpenAI declaration."""
 
-    name: str
+    method: str
     arguments: type[BaseModel]
     declaration: ToolDeclaration
 
 
-def tool(function: F) -> F:
-    """Make a method a tool. Its parameters' types and its docstring become the declaration."""
-    function.__palaestra_tool__ = True  # type: ignore[attr-defined]
-    return function
+@overload
+def tool(function: F) -> F: ...
+@overload
+def tool(*, name: str) -> Callable[[F], F]: ...
+def tool(function: F | None = None, *, name: str = "") -> F | Callable[[F], F]:
+    """Make a method a tool. Its parameters' types and its docstring become the declaration; `name`, where the tool is
+    not to be called as the method is."""
+
+    def mark(function: F) -> F:
+        function.__palaestra_tool__ = name or function.__name__  # type: ignore[attr-defined]
+        return function
+
+    return mark if function is None else mark(function)
 
 
 def _arguments_model(function: Callable[..., Any]) -> type[BaseModel]:
@@ -68,9 +77,9 @@ def _spec(function: Callable[..., Any]) -> ToolSpec:
     parameters.pop("title", None)
     for field in parameters.get("properties", {}).values():
         field.pop("title", None)
-    name = function.__name__
+    name = function.__palaestra_tool__  # type: ignore[attr-defined]
     described = {"name": name, "description": inspect.getdoc(function) or "", "parameters": parameters}
-    return ToolSpec(name, model, {"type": "function", "function": described})
+    return ToolSpec(function.__name__, model, {"type": "function", "function": described})
 
 
 _specs: dict[type, dict[str, ToolSpec]] = {}
@@ -82,9 +91,9 @@ def specs(environment: type[Environment]) -> dict[str, ToolSpec]:
         return _specs[environment]
     found: dict[str, ToolSpec] = {}
     for base in reversed(environment.__mro__):
-        for name, member in vars(base).items():
-            if getattr(member, "__palaestra_tool__", False):
-                found[name] = _spec(member)
+        for member in vars(base).values():
+            if hasattr(member, "__palaestra_tool__"):
+                found[member.__palaestra_tool__] = _spec(member)
     return _specs.setdefault(environment, found)
 
 
@@ -147,7 +156,7 @@ class Tools:
 
     async def _run(self, call: ToolCall) -> object:
         arguments = self._validate(call)
-        method = getattr(self._environment, call.name)
+        method = getattr(self._environment, self._specs[call.name].method)
         what = f"tool {type(self._environment).__name__}.{call.name}"
         for attempt in range(UNAVAILABLE_RETRIES + 1):
             try:
