@@ -106,6 +106,7 @@ class Rlvr:
         return {
             **metrics.describe(groups, values, step, batch.versions),
             **measured,
+            **{f"retried/{cause}": float(count) for cause, count in sorted(self.pool.retried.items())},
             "collect_seconds": waited,
             "step_seconds": seconds,
             "sampled_tokens_per_second": batch.tokens / seconds,
