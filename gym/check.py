@@ -53,9 +53,13 @@ class _Subject:
         self.full = sum(max(judge.weight or 0.0, 0.0) for judge in judges(self.kind))
         self.seconds = seconds
         limits = Limits(seconds=10 * seconds)
-        self.bounds = Bounds(limits=limits, setup=6 * seconds, tool=seconds, respond=seconds, judge=6 * seconds)
+        self.bounds = Bounds(
+            limits=limits, setup=6 * seconds, tool=seconds, respond=seconds, judge=6 * seconds, close=seconds
+        )
         self.golds: dict[str, list[Message]] = {}
         self.playable = True
+        self.stuck = False
+        self.faulty: set[str] = set()
         self.turns = MOST_TURNS
         self.mark = ""
 
@@ -75,8 +79,8 @@ class _Subject:
         """Something to play on each of up to two tasks (gold, else nothing), and each tool that gold does not call."""
         golds = self.golds if self.playable else {}
         played = [(task, golds.get(task.key, [])) for task in self.tasks[:2]]
-        called = {call.name for _, script in played for message in script for call in message.tool_calls}
-        others = [tool for tool in self.declarations() if tool["function"]["name"] not in called]
+        tried = {call.name for _, script in played for message in script for call in message.tool_calls}
+        others = [tool for tool in self.declarations() if tool["function"]["name"] not in tried | self.faulty]
         return played + [(self.tasks[0], list(valid_calls(tool, 1, seed=1))) for tool in others]
 
     async def play(self, task: Task, policy: Policy, environment: Environment | None = None) -> Episode:
@@ -86,7 +90,9 @@ class _Subject:
         name = f"check-{task.key}"
         limits = task.limits.model_copy(update={"turns": min(task.limits.turns or self.turns, self.turns)})
         task = task.model_copy(update={"limits": limits})
-        return await run_episode(environment, Loop(), policies, task, Sampling(seed=0), name, self.bounds)
+        episode = await run_episode(environment, Loop(), policies, task, Sampling(seed=0), name, self.bounds)
+        self.stuck = self.stuck or "did not finish" in episode.provenance.get("close_error", "")
+        return episode
 
 
 class _Staged(Replay):
@@ -135,6 +141,8 @@ async def _with_resources(subject: _Subject, findings: list[Finding], on_finding
     try:
         for name, one in CHECKS.items():
             try:
+                if subject.stuck and one is not _close:
+                    raise _Skip("close hangs")
                 problems = await one(subject)
             except _Skip as skip:
                 finding = Finding(check=name, ok=True, message=f"skipped: {skip}", skipped=True)
@@ -268,6 +276,7 @@ async def _fuzzed_tools(subject: _Subject) -> list[str]:
         episode = await _play_unlimited(subject, subject.tasks[0], list(valid_calls(tool, FUZZED_CALLS, seed=0)))
         if _infrastructure(episode):
             calls = [call for turn in episode.turns for call in turn.completion.message.tool_calls]
+            subject.faulty.add(tool["function"]["name"])
             given = calls[-1].arguments[:60] if calls else "{}"
             problems.append(f"tool {tool['function']['name']} on {given} ended {_ended(episode)}")
     return problems

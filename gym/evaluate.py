@@ -11,11 +11,12 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from pydantic import Field, ValidationError
@@ -23,6 +24,7 @@ from pydantic import Field, ValidationError
 from palaestra.gym.agent import Loop
 from palaestra.gym.environment import Environment
 from palaestra.gym.episode import Bounds, run_episode
+from palaestra.gym.files import cannot_write
 from palaestra.gym.outcome import RULES
 from palaestra.gym.policies import bound
 from palaestra.gym.policy import Policy
@@ -122,13 +124,16 @@ async def _play_all(
     slots = asyncio.Semaphore(contest.plan.concurrency)
     opened = await _open({job.spec.alias: job.spec for job in todo})
     try:
-        with path.open("a", encoding="utf-8") as lines:
+        with _appending(path) as lines:
 
             async def play(job: _Job) -> None:
                 async with slots:
                     row = await _attempt(contest, job, opened[job.spec.alias])
-                lines.write(row.model_dump_json() + "\n")
-                lines.flush()
+                try:
+                    lines.write(row.model_dump_json() + "\n")
+                    lines.flush()
+                except OSError as error:
+                    raise cannot_write(path, error) from error
                 kept[row.id] = row
                 on_row(row)
 
@@ -139,6 +144,20 @@ async def _play_all(
         raise group_error.exceptions[0] from group_error
     finally:
         await _shut(opened)
+
+
+@contextmanager
+def _appending(path: Path) -> Iterator[TextIO]:
+    """The file, open for appending. What a full disk refused is refused again on closing: that is not news."""
+    try:
+        lines = path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    try:
+        yield lines
+    finally:
+        with suppress(OSError):
+            lines.close()
 
 
 async def _open(specs: Mapping[str, EnvironmentSpec]) -> dict[str, Environment]:
@@ -232,7 +251,10 @@ def _jobs(contest: Contest) -> list[_Job]:
 
 def _resume(path: Path, jobs: Iterable[_Job]) -> list[Row]:
     """The rows already there that the plan asks for. Unscored ones are played again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
     wanted = {job.id: job for job in jobs}
     rows = [row for row in read(path) if row.id in wanted]
     for row in rows:

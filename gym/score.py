@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,6 +20,7 @@ from pydantic import ValidationError
 from palaestra.gym.agent import Loop
 from palaestra.gym.environment import Environment
 from palaestra.gym.episode import run_episode
+from palaestra.gym.files import write_whole
 from palaestra.gym.outcome import RULES
 from palaestra.gym.policies import Null
 from palaestra.gym.policy import Policy, Replay
@@ -166,10 +166,4 @@ def load(path: Path) -> list[dict[str, Any]]:
 
 def save(path: Path, verdicts: Sequence[Judged]) -> None:
     """Write a line for each verdict, the whole file or none of it."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text("".join(verdict.model_dump_json() + "\n" for verdict in verdicts), encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, "".join(verdict.model_dump_json() + "\n" for verdict in verdicts).encode())

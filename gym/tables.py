@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from palaestra.gym.evaluate import Interval, Row, Summary
+from palaestra.gym.files import write_whole
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -92,9 +92,9 @@ def page(summaries: Sequence[Summary], rows: Sequence[Row]) -> str:
 def write(folder: Path, summaries: Sequence[Summary], rows: Sequence[Row]) -> None:
     """Write summary.json, episodes.parquet and index.html, each whole or not at all."""
     text = json.dumps([summary.model_dump() for summary in summaries], indent=2)
-    _replace(folder / "summary.json", text.encode())
-    _replace(folder / "index.html", page(summaries, rows).encode())
-    _replace(folder / "episodes.parquet", _parquet(rows))
+    write_whole(folder / "summary.json", text.encode())
+    write_whole(folder / "index.html", page(summaries, rows).encode())
+    write_whole(folder / "episodes.parquet", _parquet(rows))
 
 
 def _parquet(rows: Sequence[Row]) -> bytes:
@@ -110,12 +110,3 @@ def _parquet(rows: Sequence[Row]) -> bytes:
     parquet.write_table(pyarrow.Table.from_pylist(listed), out)
     content: bytes = out.getvalue().to_pybytes()
     return content
-
-
-def _replace(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -149,6 +149,14 @@ BROKEN = {
         self.shut_before = True
 """,
     ),
+    "close hangs": (
+        "close",
+        "Doubling.close did not finish within 0.5 s",
+        """
+    async def close(self):
+        await asyncio.sleep(60)
+""",
+    ),
     "close needs setup": (
         "close",
         "one before setup",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import resource
 
 import pyarrow.parquet
 import pytest
 
 from palaestra.gym import tables
 from palaestra.gym.evaluate import EPISODES, Contest, Plan, evaluate, interval, pass_at_k, pass_hat_k, read, summarise
+from palaestra.gym.files import write_whole
 from palaestra.gym.outcome import Cause, Failure
 from palaestra.gym.policies import Null, build
 from palaestra.gym.registry import UsageError, spec
@@ -188,3 +190,36 @@ async def test_tables_are_written_and_what_a_model_wrote_is_escaped(file, tmp_pa
     assert json.loads((tmp_path / "summary.json").read_text())[0]["reward"]["mean"] == 0.0
     assert tables.table(summaries).row_count == 1
     assert not list(tmp_path.glob("*.part"))
+
+
+async def test_a_full_disk_is_named_and_what_was_cut_is_played_again(file, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    try:
+        with pytest.raises(UsageError, match=r"cannot write .*episodes.jsonl: File too large; free space there"):
+            await evaluate(contest(file, {"p": Fixed("3")}), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert 0 < len((tmp_path / EPISODES).read_bytes()) <= 3000
+    rows = await evaluate(contest(file, {"p": Fixed("3")}), tmp_path)
+    assert [row.reward for row in rows] == [0.0, 0.0, 0.0, 1.0, 0.0]
+    assert len(read(tmp_path / EPISODES)) == 5
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a" / "b"
+    write_whole(path, b"first")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(UsageError, match="free space there"):
+            write_whole(path, b"second" * 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == b"first"
+    assert [entry.name for entry in path.parent.iterdir()] == ["b"]
+
+
+async def test_a_folder_that_cannot_be_made_is_named(file, tmp_path):
+    with pytest.raises(UsageError, match="cannot write"):
+        await evaluate(contest(file, {"p": Fixed("3")}), file / "out")
