@@ -22,7 +22,7 @@ from palaestra.gym.environment import Environment
 from palaestra.gym.episode import run_episode
 from palaestra.gym.files import write_whole
 from palaestra.gym.outcome import RULES
-from palaestra.gym.policies import Null
+from palaestra.gym.policies import Null, shut
 from palaestra.gym.policy import Policy, Replay
 from palaestra.gym.registry import EnvironmentSpec, UsageError, one_line
 from palaestra.gym.tasksets import read_rows
@@ -142,7 +142,8 @@ async def score_rows(
     """Judge all rows, `jobs` at once; verdicts in the order of the rows."""
     kind, settings = spec.environment(), spec.settings()
     slots = asyncio.Semaphore(jobs)
-    scorer = Scorer(kind(settings, await kind.open(settings)), roles)
+    prototype = kind(settings, await kind.open(settings))
+    scorer = Scorer(prototype, roles)
 
     async def one(row: Mapping[str, Any]) -> Judged:
         async with slots:
@@ -153,7 +154,8 @@ async def score_rows(
     try:
         return list(await asyncio.gather(*map(one, rows)))
     finally:
-        await kind.shut(scorer._prototype.resources)
+        await kind.shut(prototype.resources)
+        await shut(list((roles or {}).values()))
 
 
 def load(path: Path) -> list[dict[str, Any]]:
