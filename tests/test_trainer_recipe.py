@@ -76,7 +76,7 @@ def test_keys_without_effect_in_a_mode_are_refused(tmp_path):
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path):
-    with pytest.raises(UsageError, match="cannot read the recipe .*nope.toml"):
+    with pytest.raises(UsageError, match=r"cannot read the recipe .*nope\.toml"):
         load(str(tmp_path / "nope.toml"))
     with pytest.raises(UsageError, match=r"no recipe 'quikstart': did you mean 'quickstart'\?"):
         load("quikstart")

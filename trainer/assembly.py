@@ -66,7 +66,7 @@ class Base:
     def __init__(self, recipe: Recipe, device: Any) -> None:
         self._tokenizer = Tokenizer.load()
         self.model: Any = model(recipe, self._tokenizer).to(device)
-        self.renderer = NemotronRenderer(self._tokenizer)
+        self.renderer: Any = NemotronRenderer(self._tokenizer)
         rollout = recipe.rollout
         self._engine_config = EngineConfig(
             slots=rollout.slots, context=rollout.context, deterministic=recipe.deterministic

@@ -61,7 +61,8 @@ async def _play(player: Player, gate: asyncio.Semaphore, draw: Draw, task: Task)
 
 def summary(before: Scores, after: Scores, tasks: Mapping[str, Iterable[Task]]) -> dict[str, Any]:
     """What summary.json holds: means, and paired gains with 95 % intervals; gains by level beside them."""
-    environments, levels = {}, {}
+    environments: dict[str, dict[str, Any]] = {}
+    levels: dict[str, Any] = {}
     for name, found in tasks.items():
         found = list(found)
         environments[name] = {

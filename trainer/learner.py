@@ -131,7 +131,7 @@ class Learner:
         self.optimiser.zero()
         with self.model.quantised():
             for micro in micro_batches(batch.sequences, loud, self.config.micro_tokens):
-                (self._measure(micro, old, tally) / count).backward()  # type: ignore[no-untyped-call]
+                (self._measure(micro, old, tally) / count).backward()
             with torch.no_grad():
                 for micro in micro_batches(batch.sequences, quiet, self.config.micro_tokens):
                     self._measure(micro, old, tally)

@@ -35,7 +35,11 @@ class Stack(Protocol):
 
     model: Any
     renderer: Any
-    player: Player
+
+    @property
+    def player(self) -> Player:
+        """Plays episodes with the published weights."""
+        ...
 
     async def deliver(self, weights: Any, version: int) -> None:
         """Hand weights to every engine: prepare and commit."""
