@@ -1,0 +1,119 @@
+"""`palaestra train` as a user meets it, and what a run shows."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from palaestra.gym.registry import UsageError
+from palaestra.gym.types import Completion, Episode, Group, Message, Scored, Task, Turn, Unscored
+from palaestra.model.presets import PRESETS
+from palaestra.trainer import evaluation, metrics, report
+from palaestra.trainer.cli import train
+
+spec = importlib.util.spec_from_file_location("toy_run", Path(__file__).with_name("test_trainer_run.py"))
+toy = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(toy)
+app = typer.Typer()
+app.command()(train)
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "nano-test", toy.NANO)
+    (tmp_path / "world.py").write_text(toy.WORLD)
+    path = tmp_path / "toy.toml"
+    path.write_text(toy.RECIPE.format(world=f"{tmp_path / 'world.py'}:Toy"))
+    return lambda *more: CliRunner().invoke(app, [str(path), "--runs", str(tmp_path / "runs"), *more])
+
+
+def test_a_dry_run_shows_the_resolved_recipe_and_writes_nothing(command, tmp_path):
+    done = command("stages.rl.steps=9", "--dry-run")
+    assert done.exit_code == 0
+    assert json.loads(done.output)["stages"]["rl"]["steps"] == 9
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_ends_with_a_line_for_each_environment(command, tmp_path):
+    done = command("stages.rl.steps=1", "evaluation.tasks=3")
+    assert done.exit_code == 0, done.output
+    assert "3 held-out tasks" in done.output
+    folder = tmp_path / "runs" / "toy"
+    assert json.loads((folder / "recipe.json").read_text())["name"] == "toy"
+    assert "torch" in json.loads((folder / "versions.json").read_text())
+    assert command("stages.rl.steps=1", "evaluation.tasks=0").exit_code == 0
+    assert (tmp_path / "runs" / "toy-2" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model=preset:huge"], "no preset 'huge'"),
+        (["model=nowhere"], "no checkpoint folder nowhere"),
+        (["environments.toy.use=maths"], "unknown environment 'maths'"),
+        (["environments.toy.config.x=1"], "has no config key 'x'"),
+    ],
+)
+def test_what_is_not_there_is_named_and_nothing_is_left_behind(command, tmp_path, overrides, words):
+    done = command(*overrides)
+    assert done.exit_code != 0
+    assert isinstance(done.exception, UsageError)
+    assert words in str(done.exception)
+    assert not (tmp_path / "runs").exists()
+
+
+def episode(task, value, text="hi"):
+    result = Scored(value=value) if value is not None else Unscored(cause="tools")
+    turn = Turn("main", None, task.messages(), Completion(Message(role="assistant", content=text)))
+    return Episode("e", task, (turn,), result=result)
+
+
+def test_gains_are_paired_by_task_and_the_unscored_are_left_out():
+    before = {"a": 0.0, "b": 1.0, "c": 0.0, "lost": 1.0}
+    after = {"a": 1.0, "b": 1.0, "c": 1.0}
+    gain = evaluation.paired(before, after)
+    half = 1.959964 * np.std([1, 0, 1], ddof=1) / np.sqrt(3)
+    assert gain["mean"] == pytest.approx(2 / 3)
+    assert (gain["low"], gain["high"]) == pytest.approx((2 / 3 - half, 2 / 3 + half))
+    assert gain["tasks"] == 3
+    assert evaluation.paired({}, after)["tasks"] == 0
+
+
+def test_a_steps_description_counts_what_happened():
+    task = Task(key="k", prompt="p", environment="a")
+    group = Group(task, 4, [episode(task, 1.0), episode(task, 0.0), episode(task, None)])
+    found = metrics.describe([group], [np.array([1.0, -1.0, 0.0])], 4, {4: 30, 3: 10})
+    assert found["reward/a"] == 0.5
+    assert found["unscored_share"] == found["zero_advantage_share"] == pytest.approx(1 / 3)
+    assert (found["staleness/0"], found["staleness/1"]) == (0.75, 0.25)
+
+
+def test_a_resumed_log_drops_rows_past_the_checkpoint_and_a_half_written_one(tmp_path):
+    log = metrics.Log(tmp_path, "rl", 0)
+    for step in range(4):
+        log.write(step, {"loss": float("nan") if step else 1.0})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as out:
+        out.write('{"stage": "rl", "st')
+    log = metrics.Log(tmp_path, "rl", 2)
+    log.write(2, {"loss": 5.0})
+    log.close()
+    rows = metrics.read(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["loss"]) for row in rows] == [(0, 1.0), (1, None), (2, 5.0)]
+
+
+def test_the_report_escapes_what_a_model_wrote(tmp_path):
+    evil = "<script>alert(1)</script>"
+    task = Task(key=evil, prompt=evil, environment="<b>", data={"answer": evil})
+    report.curves([{"reward/<b>": 0.5, "loss": 1.0}], tmp_path / "c.png")
+    report.page(evil, {"environments": {}}, tmp_path / "c.png", [episode(task, 1.0, evil)], tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert "<script>" not in page
+    assert "<b>" not in page
+    assert page.count("&lt;script&gt;") >= 4
