@@ -302,6 +302,20 @@ def test_two_ranks_do_what_one_does():
             torch.testing.assert_close(learner.state_dict()["masters"][name], value, atol=1e-4, rtol=0, msg=name)
 
 
+def test_a_batch_without_any_advantage_moves_nothing():
+    from palaestra.model.network import Hybrid
+
+    torch.manual_seed(0)
+    learner = Learner(Hybrid(NANO), "rlvr", LearnerConfig(), OptimConfig(muon=0.01, adamw=0.01))
+    learner.step(Batch(sequences()))
+    before = learner.state_dict()["masters"]
+    quiet = Batch([Sample(s.ids, s.mu, s.loss, 0.0) for s in sequences()])
+    measured = learner.step(quiet)
+    assert measured["grad_norm"] == 0
+    assert measured["entropy"] > 0
+    assert all(torch.equal(value, before[name]) for name, value in learner.state_dict()["masters"].items())
+
+
 def test_several_updates_a_step_move_the_ratio_away_from_one():
     batch = Batch(sequences())
     measured, _ = learned(batch, updates=3)

@@ -122,7 +122,8 @@ class Learner:
         self.optimiser.load_state_dict(state["optimiser"])
 
     def _update(self, batch: Batch, rows: Sequence[int], old: list[Tensor] | None) -> Metrics:
-        """One optimiser update over the sequences `rows`. Those of advantage 0 are measured without gradient."""
+        """One optimiser update over the sequences `rows`. Those of advantage 0 are measured without gradient; where all
+        are, nothing moves (Muon's momentum alone would take a full step)."""
         count = sum(int(batch.sequences[row].loss.sum()) for row in rows)
         mine = rows[self._world.rank :: self._world.size]
         quiet = [row for row in mine if batch.sequences[row].advantage == 0]
@@ -135,7 +136,8 @@ class Learner:
             with torch.no_grad():
                 for micro in micro_batches(batch.sequences, quiet, self.config.micro_tokens):
                     self._measure(micro, old, tally)
-        return self._apply(tally, count)
+        silent = all(batch.sequences[row].advantage == 0 for row in rows)
+        return tally.means(self._world, count) | {"grad_norm": 0.0 if silent else self._apply()}
 
     def _measure(self, micro: Micro, old: list[Tensor] | None, tally: _Tally) -> Tensor:
         """The micro-batch's summed loss."""
@@ -159,13 +161,13 @@ class Learner:
             entropy = -(table.exp() * table).sum(-1)
         return lp, entropy
 
-    def _apply(self, tally: _Tally, count: int) -> Metrics:
+    def _apply(self) -> float:
+        """Sum the gradients over the ranks and update; returns their norm."""
         for gradient in self.optimiser.gradients():
             self._world.sum(gradient)
-        metrics = tally.means(self._world, count)
-        metrics["grad_norm"] = self.optimiser.step()
+        norm = self.optimiser.step()
         self._balance()
-        return metrics
+        return norm
 
     @torch.no_grad()
     def _balance(self) -> None:
