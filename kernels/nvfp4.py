@@ -1,7 +1,7 @@
 """NVFP4 in plain PyTorch: E2M1 codes, blocks of 16 along the last dimension, E4M3 block scales, one global scale.
 
-The global scale is a power of two, 2^ceil(log2(amax / 2688)): a code (2 significant bits) times an E4M3 scale (4) has at
-most 6, so that every dequantised weight is exactly a bf16 number. Source of the format: NVIDIA's NVFP4 (arXiv
+The global scale is a power of two, 2^ceil(log2(amax / 2688)): a code (2 significant bits) times an E4M3 scale (4) has
+at most 6, so that every dequantised weight is exactly a bf16 number. Source of the format: NVIDIA's NVFP4 (arXiv
 2509.25149) and ModelOpt's checkpoint layout.
 """
 
@@ -30,35 +30,41 @@ class NVFP4(NamedTuple):
     scale2: Tensor
 
 
-def _check(weight: Tensor) -> None:
-    if weight.dim() < 2 or weight.shape[-1] % BLOCK:
+def _blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """float32[..., N, K/16, 16] and each block's largest magnitude. Raises ValueError for what NVFP4 cannot hold."""
+    if weight.dim() < 2 or not weight.numel() or weight.shape[-1] % BLOCK:
         raise ValueError(f"NVFP4 needs [..., N, K] with K a multiple of {BLOCK}; got {list(weight.shape)}")
-    if not torch.isfinite(weight).all():
-        raise ValueError("NVFP4 cannot hold infinities or NaN; the weight has some")
+    blocks = weight.float().unflatten(-1, (-1, BLOCK))
+    amax = blocks.abs().amax(-1)
+    if not torch.isfinite(amax).all():
+        raise ValueError(f"NVFP4 cannot hold infinities or NaN; the weight {list(weight.shape)} has some")
+    return blocks, amax
 
 
-def _global_scale(weight: Tensor) -> Tensor:
-    """float32[..., 1, 1]: the smallest power of two under which every block scale fits E4M3."""
-    amax = weight.abs().amax(dim=(-2, -1), keepdim=True)
-    exponent = torch.ceil(torch.log2(amax / (CODE_MAX * SCALE_MAX)))
-    return torch.where(amax > 0, torch.exp2(exponent.clamp(-126, 127)), torch.ones_like(amax))
+def _global_scale(amax: Tensor) -> Tensor:
+    """Block maxima float32[..., N, K/16] -> float32[..., 1, 1]: 2^ceil(log2(amax / 2688)), the smallest power of two
+    under which every block scale fits E4M3; 1 for a zero matrix; not below 2^-116, where bf16 would lose bits."""
+    amax = amax.amax(dim=(-2, -1), keepdim=True)
+    mantissa, exponent = torch.frexp(amax / (CODE_MAX * SCALE_MAX))
+    scale = torch.ldexp(torch.ones_like(amax), (exponent - (mantissa == 0.5).int()).clamp(min=-116))
+    return torch.where(amax > 0, scale, torch.ones_like(amax))
 
 
 def _round(magnitude: Tensor) -> Tensor:
-    """The nearest E2M1 magnitude, ties to the even code. The steps are 0.5 below 2, 1 below 4, 2 above."""
-    step = 0.5 + 0.5 * (magnitude >= 2) + (magnitude >= 4)
-    return (torch.round(magnitude / step) * step).clamp_(max=CODE_MAX)
+    """The nearest E2M1 magnitude, ties to the even code. The steps are 0.5 below 2, 1 below 4, 2 above: half of the
+    power of two in the exponent bits."""
+    step = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32).mul_(0.5).clamp_(0.5, 2.0)
+    return (magnitude / step).round_().mul_(step).clamp_(max=CODE_MAX)
 
 
 def _parts(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Signed E2M1 values float32[..., K/16, 16], E4M3 block scales [..., K/16], global scale float32[..., 1, 1]."""
-    blocks = weight.float().unflatten(-1, (-1, BLOCK))
-    scale2 = _global_scale(weight.float())
-    amax = blocks.abs().amax(-1)
+    blocks, amax = _blocks(weight)
+    scale2 = _global_scale(amax)
     scales = (amax / (CODE_MAX * scale2)).clamp_(SCALE_MIN, SCALE_MAX).to(torch.float8_e4m3fn)
     scales = torch.where(amax > 0, scales, torch.ones_like(scales))
     ratio = blocks / (scales.float() * scale2).unsqueeze(-1)
-    return torch.copysign(_round(ratio.abs()), ratio), scales, scale2
+    return _round(ratio.abs()).copysign_(ratio), scales, scale2
 
 
 def quantize(weight: Tensor) -> NVFP4:
@@ -66,7 +72,6 @@ def quantize(weight: Tensor) -> NVFP4:
 
     Raises ValueError for K not a multiple of 16 and for infinities or NaN.
     """
-    _check(weight)
     values, scales, scale2 = _parts(weight)
     magnitudes = torch.tensor(MAGNITUDES, device=weight.device)
     codes = torch.bucketize(values.abs(), magnitudes).to(torch.uint8) | (torch.signbit(values).to(torch.uint8) << 3)
@@ -95,7 +100,6 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def fake_quantize(weight: Tensor) -> Tensor:
-    """dequantize(quantize(weight)), with the gradient passed straight through to `weight`."""
-    _check(weight)
+    """dequantize(quantize(weight)), with the gradient passed straight through to `weight`. Raises as quantize."""
     result: Tensor = _StraightThrough.apply(weight)
     return result

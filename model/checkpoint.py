@@ -37,8 +37,7 @@ def save(folder: Path, model: Hybrid, tokenizer_hash: str = "") -> None:
         raise OSError(
             f"cannot write checkpoint {folder}: {error}; free space there or choose another folder"
         ) from error
-    shutil.rmtree(folder, ignore_errors=True)
-    staged.rename(folder)
+    _replace(folder, staged)
 
 
 def load(folder: Path) -> Hybrid:
@@ -59,6 +58,16 @@ def tokenizer_hash(folder: Path) -> str:
     """The hash of the tokenizer that the checkpoint was trained with; empty where none is recorded."""
     with safe_open(str(folder / WEIGHTS), framework="pt") as file:
         return str((file.metadata() or {}).get("tokenizer_sha256", ""))
+
+
+def _replace(folder: Path, staged: Path) -> None:
+    """Put `staged` in the place of `folder`, whose old content stays at hand until the new one is in place."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    staged.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:

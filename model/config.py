@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 QUANTISED = ("*.experts.up_proj", "*.experts.down_proj", "*.shared_experts.*", "*.mixer.up_proj", "*.mixer.down_proj",
              "*.mixer.in_proj")  # fmt: skip
+FIXED = {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "tie_word_embeddings": False, "use_conv_bias": True,
+         "n_shared_experts": 1, "use_bias": False, "mlp_bias": False, "mamba_proj_bias": False}  # fmt: skip
 LETTERS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
 
 
@@ -90,19 +92,21 @@ class ModelConfig(BaseModel):
             "model_type": "nemotron_h",
             "architectures": ["NemotronHForCausalLM"],
             "num_hidden_layers": len(self.hybrid_override_pattern),
-            "mlp_hidden_act": "relu2",
-            "mamba_hidden_act": "silu",
-            "tie_word_embeddings": False,
-            "use_conv_bias": True,
-            "n_shared_experts": 1,
+            **FIXED,
             "torch_dtype": "float32",
         }
 
     @classmethod
     def from_hf(cls, path: Path) -> ModelConfig:
-        """Read a config.json, of the legacy style or with `layers_block_type`."""
+        """Read a config.json, of the legacy style or with `layers_block_type`.
+
+        Raises ValueError for what this network lacks.
+        """
         raw = json.loads(path.read_text())
         if "hybrid_override_pattern" not in raw and "layers_block_type" in raw:
             letters = {word: letter for letter, word in LETTERS.items()} | {"mamba": "M", "attention": "*"}
             raw["hybrid_override_pattern"] = "".join(letters[word] for word in raw["layers_block_type"])
+        unlike = sorted(key for key, value in FIXED.items() if raw.get(key, value) != value)
+        if unlike:
+            raise ValueError(f"this network has no {', '.join(f'{key} = {raw[key]!r}' for key in unlike)}")
         return cls(**raw)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
-from palaestra.kernels.nvfp4 import dequantize, fake_quantize, quantize
 from palaestra.model.cache import Cache
 from palaestra.model.checkpoint import CheckpointError, load, save, tokenizer_hash
 from palaestra.model.config import ModelConfig
+from palaestra.model.mamba import scan, step
 from palaestra.model.network import Hybrid
 from palaestra.model.presets import PRESETS, preset
 
@@ -81,14 +84,49 @@ def test_a_cache_filled_in_any_pieces_gives_what_one_pass_gives(data, lengths):
             width = data.draw(st.integers(1, 20))
             take = torch.minimum(torch.tensor(lengths) - done, torch.tensor(width))
             at = (done[:, None] + torch.arange(width)).clamp(max=longest - 1)
-            hidden = model(ids.gather(1, at), None if width == 1 and bool((take == 1).all()) else take, cache)
-            if width == 1 and not bool((take == 1).all()):
-                return  # a single-token step moves every row; the engine never mixes finished rows in
+            hidden = model(ids.gather(1, at), take, cache)
             for row in range(batch):
                 seen = slice(int(done[row]), int(done[row] + take[row]))
                 torch.testing.assert_close(hidden[row, : int(take[row])], whole[row, seen], atol=1e-4, rtol=1e-4)
             done += take
     assert cache.lengths.tolist() == lengths
+
+
+@settings(max_examples=25, deadline=None)
+@given(length=st.integers(1, 40), chunk=st.integers(1, 17), groups=st.sampled_from([1, 2]), seed=st.integers(0, 99))
+def test_the_chunked_scan_is_the_recurrence(length, chunk, groups, seed):
+    torch.manual_seed(seed)
+    x, dt, a = torch.randn(2, length, 4, 8), torch.rand(2, length, 4), -4 * torch.rand(4)
+    b, c = torch.randn(2, 2, length, groups, 6)
+    state = torch.randn(2, 4, 8, 6)
+    chunked, last = scan(x, dt, a, b, c, state, chunk)
+    stepped = []
+    for at in range(length):
+        y, state = step(x[:, at], dt[:, at], a, b[:, at], c[:, at], state)
+        stepped.append(y)
+    torch.testing.assert_close(chunked, torch.stack(stepped, 1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(last, state, atol=1e-4, rtol=1e-4)
+
+
+def test_running_every_expert_gives_what_running_the_chosen_ones_gives():
+    model = build()
+    ids = torch.randint(0, 64, (2, 9))
+    with torch.no_grad():
+        grouped = model(ids)
+        for layer in (1, 5):
+            model.backbone.layers[layer].mixer.experts.dense = True
+        torch.testing.assert_close(model(ids), grouped, atol=1e-5, rtol=1e-5)
+
+
+def test_a_cleared_row_is_fresh():
+    model = build()
+    ids = torch.randint(0, 64, (2, 9))
+    cache = Cache.empty(SMALL, 2, 20)
+    with torch.no_grad():
+        first = model(ids, None, cache)
+        cache.clear(1)
+        assert cache.lengths.tolist() == [9, 0]
+        torch.testing.assert_close(model(ids, None, cache)[1], first[1], atol=1e-5, rtol=1e-5)
 
 
 def test_rows_of_a_cache_can_be_copied_out_and_back():
@@ -176,6 +214,41 @@ def test_a_damaged_checkpoint_is_refused_with_its_path(tmp_path):
         load(folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda tensors: tensors.pop("backbone.layers.1.mixer.experts.3.up_proj.weight"), "experts.3.up_proj"),
+        (lambda tensors: tensors.update({"mtp.layers.0.norm.weight": torch.ones(32)}), "mtp.layers.0.norm"),
+        (lambda tensors: tensors.update({"backbone.norm_f.weight": torch.ones(31)}), "norm_f"),
+    ],
+    ids=["missing", "unknown", "shape"],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, change, named):
+    folder = tmp_path / "model"
+    save(folder, build())
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=named):
+        load(folder)
+
+
+def test_a_configuration_of_another_network_is_refused(tmp_path):
+    folder = tmp_path / "model"
+    save(folder, build())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(CheckpointError, match="tie_word_embeddings = True"):
+        load(folder)
+
+
+def test_saving_again_replaces_the_checkpoint_and_leaves_nothing_beside_it(tmp_path):
+    save(tmp_path / "model", build(seed=0))
+    save(tmp_path / "model", build(seed=1))
+    assert torch.equal(load(tmp_path / "model").lm_head.weight, build(seed=1).lm_head.weight)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_the_sizes_they_say(name):
     with torch.device("meta"):
@@ -197,37 +270,3 @@ def test_router_load_is_counted_in_training_only():
     assert int(gate.load.sum()) == 0
     model.train()(ids)
     assert int(gate.load.sum()) == 2 * 9 * 3
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    rows=st.integers(1, 4), blocks=st.integers(1, 3), scale=st.sampled_from([1e-30, 1e-3, 1.0, 7.0, 1e20]),
-    seed=st.integers(0, 999),
-)  # fmt: skip
-def test_nvfp4_values_are_bf16_numbers_and_codes_agree_with_fake_quantisation(rows, blocks, scale, seed):
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(2, rows, 16 * blocks, generator=generator) * scale
-    weight[0, 0, :16] = 0
-    values = dequantize(quantize(weight))
-    assert torch.equal(values, values.bfloat16().float())
-    assert torch.equal(values, fake_quantize(weight))
-    assert torch.equal(values[0, 0, :16], torch.zeros(16))
-    amax = weight.unflatten(-1, (-1, 16)).abs().amax(-1, keepdim=True)
-    floor = 2.0**-9 * quantize(weight).scale2[:, None, None, None]
-    error = (values - weight).unflatten(-1, (-1, 16)).abs()
-    assert bool((error <= torch.maximum(amax * (1 / 6 + 1 / 16), floor * 3)).all())
-
-
-def test_nvfp4_rounds_ties_to_even_codes():
-    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, -0.25, -2.5, 0.26, 0.24, 5.1, 4.9, 0.0, 6.0])
-    weight = torch.stack([ties, torch.full((16,), 6.0)])
-    quantised = quantize(weight * 448)
-    assert quantised.scale2.item() == 1.0
-    expected = [0, 1, 1, 2, 2, 4, 4, 6, 0, -2, 0.5, 0, 6, 4, 0, 6]
-    assert (dequantize(quantised)[0] / 448).tolist() == expected
-
-
-@pytest.mark.parametrize("bad", [torch.zeros(2, 15), torch.tensor([[float("inf")] * 16]), torch.zeros(16)])
-def test_nvfp4_refuses_what_it_cannot_hold(bad):
-    with pytest.raises(ValueError, match="NVFP4"):
-        quantize(bad)

@@ -1,0 +1,142 @@
+"""NVFP4 in plain PyTorch against exact arithmetic."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from palaestra.kernels.nvfp4 import NVFP4, dequantize, fake_quantize, quantize
+
+E2M1 = [Fraction(text) for text in ("0", "1/2", "1", "3/2", "2", "3", "4", "6")]
+E4M3 = [Fraction(code, 512) for code in range(8)] + [
+    Fraction(8 + code % 8) * Fraction(2) ** (code // 8 - 10) for code in range(8, 127)
+]
+
+
+def nearest(value: Fraction, grid: list[Fraction]) -> int:
+    """Index of the nearest value of the grid, ties to the even index."""
+    return min(range(len(grid)), key=lambda code: (abs(grid[code] - value), code % 2))
+
+
+def exact(weight: torch.Tensor) -> list[list[Fraction]]:
+    """What NVFP4 makes of a float32[N, K], by the format's definition in rational numbers."""
+    rows = [[Fraction(value) for value in row] for row in weight.tolist()]
+    largest = max(abs(value) for row in rows for value in row)
+    scale2 = Fraction(1)
+    if largest:
+        exponent = math.frexp(float(largest))[1] - 20
+        while Fraction(2) ** exponent < largest / 2688:
+            exponent += 1
+        scale2 = Fraction(2) ** exponent
+    return [[value for at in range(0, len(row), 16) for value in block(row[at : at + 16], scale2)] for row in rows]
+
+
+def block(values: list[Fraction], scale2: Fraction) -> list[Fraction]:
+    largest = max(abs(value) for value in values)
+    if not largest:
+        return values
+    scale = E4M3[max(nearest(min(largest / 6 / scale2, Fraction(448)), E4M3), 1)] * scale2
+    return [(1 if value > 0 else -1) * E2M1[nearest(abs(value) / scale, E2M1)] * scale for value in values]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.integers(1, 3),
+    blocks=st.integers(1, 3),
+    size=st.sampled_from([1e-30, 1e-3, 1.0, 2688.0, 1e20]),
+    spread=st.sampled_from([0.0, 1.0, 6.0]),
+    grid=st.booleans(),
+    seed=st.integers(0, 9999),
+)
+def test_quantisation_is_the_formats_definition_in_exact_arithmetic(rows, blocks, size, spread, grid, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, 16 * blocks, generator=generator)
+    if grid:
+        weight = (weight * 8).round() / 8  # many ties
+    weight = weight * torch.exp(spread * torch.randn(rows, 1, generator=generator)) * size
+    ours = dequantize(quantize(weight)).tolist()
+    assert [[Fraction(value) for value in row] for row in ours] == exact(weight)
+
+
+@pytest.mark.parametrize("exponent", [-40, -1, 0, 1, 30])
+def test_the_global_scale_turns_at_exact_powers_of_two(exponent):
+    edge = torch.full((1, 16), 2688.0 * 2.0**exponent)
+    assert quantize(edge).scale2.item() == 2.0**exponent
+    assert quantize(torch.nextafter(edge, torch.tensor(math.inf))).scale2.item() == 2.0 ** (exponent + 1)
+    assert quantize(torch.nextafter(edge, torch.tensor(0.0))).scale2.item() == 2.0**exponent
+
+
+def test_the_even_index_is_in_the_low_nibble_and_the_sign_in_its_top_bit():
+    weight = torch.zeros(1, 16)
+    weight[0, :4] = torch.tensor([6.0, -0.5, 1.0, -6.0]) * 448
+    quantised = quantize(weight)
+    assert quantised.codes[0, :2].tolist() == [7 | 9 << 4, 2 | 15 << 4]
+    assert (quantised.codes.shape, quantised.scales.shape) == ((1, 8), (1, 1))
+
+
+def test_each_matrix_of_a_stack_is_quantised_on_its_own():
+    stack = torch.randn(3, 4, 32) * torch.tensor([1.0, 100.0, 0.01])[:, None, None]
+    whole = quantize(stack)
+    assert whole.scale2.shape == (3,)
+    for index, matrix in enumerate(stack):
+        one = quantize(matrix)
+        assert torch.equal(dequantize(one), dequantize(NVFP4(*(part[index] for part in whole))))
+
+
+def test_the_gradient_passes_straight_through():
+    weight = torch.randn(4, 32, requires_grad=True)
+    upstream = torch.randn(4, 32)
+    fake_quantize(weight).backward(upstream)
+    assert torch.equal(weight.grad, upstream)
+
+
+def test_zeros_stay_zero():
+    quantised = quantize(torch.zeros(2, 32))
+    assert quantised.scales.float().unique().tolist() == [1.0]
+    assert quantised.scale2.item() == 1.0
+    assert not dequantize(quantised).any()
+
+
+@pytest.mark.parametrize("size", [1e-45, 1e-38, 1e-34])
+def test_values_near_the_end_of_the_range_are_still_bf16_numbers(size):
+    values = dequantize(quantize(torch.randn(4, 32) * size))
+    assert torch.equal(values, values.bfloat16().float())
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    rows=st.integers(1, 4), blocks=st.integers(1, 3), scale=st.sampled_from([1e-30, 1e-3, 1.0, 7.0, 1e20]),
+    seed=st.integers(0, 999),
+)  # fmt: skip
+def test_nvfp4_values_are_bf16_numbers_and_codes_agree_with_fake_quantisation(rows, blocks, scale, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(2, rows, 16 * blocks, generator=generator) * scale
+    weight[0, 0, :16] = 0
+    values = dequantize(quantize(weight))
+    assert torch.equal(values, values.bfloat16().float())
+    assert torch.equal(values, fake_quantize(weight))
+    assert torch.equal(values[0, 0, :16], torch.zeros(16))
+    amax = weight.unflatten(-1, (-1, 16)).abs().amax(-1, keepdim=True)
+    floor = 2.0**-9 * quantize(weight).scale2[:, None, None, None]
+    error = (values - weight).unflatten(-1, (-1, 16)).abs()
+    assert bool((error <= torch.maximum(amax * (1 / 6 + 1 / 16), floor * 3)).all())
+
+
+def test_nvfp4_rounds_ties_to_even_codes():
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, -0.25, -2.5, 0.26, 0.24, 5.1, 4.9, 0.0, 6.0])
+    weight = torch.stack([ties, torch.full((16,), 6.0)])
+    quantised = quantize(weight * 448)
+    assert quantised.scale2.item() == 1.0
+    expected = [0, 1, 1, 2, 2, 4, 4, 6, 0, -2, 0.5, 0, 6, 4, 0, 6]
+    assert (dequantize(quantised)[0] / 448).tolist() == expected
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(2, 15), torch.tensor([[float("inf")] * 16]), torch.zeros(16)])
+def test_nvfp4_refuses_what_it_cannot_hold(bad):
+    with pytest.raises(ValueError, match="NVFP4"):
+        quantize(bad)
