@@ -10,11 +10,15 @@ from pydantic import BaseModel, ConfigDict
 
 from palaestra.environments.code_judge import WALL_SECONDS, judge, judge_in_one_process
 from palaestra.gym.environment import Environment, reward
+from palaestra.gym.tasksets import rows
 from palaestra.gym.types import Message, Task
 from palaestra.gym.worker import worker
 from palaestra.tasks.code import functions
+from palaestra.tasks.real import humaneval, mbpp
 
 FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+
+SOURCES = {"humaneval": humaneval, "mbpp": mbpp}
 
 
 def source_of(reply: str) -> str:
@@ -36,16 +40,26 @@ class Code(Environment):
     """Write a Python function. The code is the reply's last fenced block, else the whole reply."""
 
     class Config(BaseModel):
-        """`levels` of the generated functions: a shape and `level` - 1 steps."""
+        """`source`: generator, humaneval, mbpp, or a JSONL or Parquet file with prompt, tests, entry_point, prefix;
+        `levels` of the generated functions: a shape and `level` - 1 steps."""
 
         model_config = ConfigDict(extra="forbid", frozen=True)
 
+        source: str = "generator"
         levels: tuple[int, ...] = (1, 2)
 
     @classmethod
     def task_set(cls, config: Any) -> Any:
-        """Generated functions."""
-        return functions(config.levels)
+        """Generated tasks, real ones, or the rows of a file."""
+        if config.source == "generator":
+            return functions(config.levels)
+        if config.source in SOURCES:
+            return SOURCES[config.source]()
+        return rows(
+            config.source,
+            prompt="prompt",
+            data={"tests": "tests", "entry_point": "entry_point", "prefix": lambda row: row.get("prefix", "")},
+        )
 
     @reward
     async def passes(self, task: Task, answer: str) -> float:

@@ -1,12 +1,13 @@
 """The reply's side of a code judgement: a fork server, run as a program of its own that never sees a test.
 
-For every request it forks a child that gives up its user, its network and its scratch folders where the kernel lets
-it, takes limits on, loads the reply's source and answers calls. Only plain data cross, as tagged JSON. The child is the init
-of its own process namespace where there is one: whatever it starts dies with it.
+For every request it forks a supervisor, which leaves the namespaces that the kernel lets it leave and forks a process
+that gives up its user, takes limits on, loads the reply's source and answers calls. Only plain data cross, as tagged
+JSON. Whatever the reply starts ends with its supervisor, a new session or group notwithstanding.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -18,7 +19,7 @@ import sys
 from typing import Any
 
 NEW_NAMESPACES = 0x20000000 | 0x08000000 | 0x40000000 | 0x00020000  # pid, ipc, net, mount
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
 MS_PRIVATE_ALL = (1 << 18) | (1 << 14)
 FIRST_UID = 300_000
 LARGEST_MESSAGE = 4 << 20
@@ -144,19 +145,32 @@ def _answer(channel: socket.socket, source: str) -> None:
 
 
 def _child(channel: socket.socket, request: dict[str, Any], number: int) -> None:
-    """In a process of its own: isolate, then answer as the first process of its namespace."""
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    """Supervise a process that answers; at SIGTERM, or when it ends, end it and everything that it started."""
+    waited = {signal.SIGTERM, signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, waited)
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     os.setsid()
-    if _leave_namespaces():
-        inner = os.fork()
-        if inner:
-            channel.close()
-            os.waitpid(inner, 0)
-            return
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    _leave_namespaces()
+    if os.fork():
+        channel.close()
+        signal.sigwait(waited)
+        _end_offspring()
+        return
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, waited)
     os.chdir("/")
     _isolate(request["memory"], request["seconds"], number)
     _answer(channel, request["source"])
+
+
+def _end_offspring() -> None:
+    """Kill the children until there is none: as their subreaper we inherit what they leave behind."""
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            with open(f"/proc/self/task/{os.getpid()}/children") as children:
+                for child in children.read().split():
+                    os.kill(int(child), signal.SIGKILL)
+            os.waitpid(-1, 0)
 
 
 def serve(control: socket.socket) -> None:

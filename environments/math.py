@@ -12,30 +12,44 @@ from pydantic import BaseModel, ConfigDict
 from palaestra.environments.calculator import calculate
 from palaestra.environments.equivalence import equivalent, quick
 from palaestra.gym.environment import Environment, ToolError, reward, tool
+from palaestra.gym.tasksets import rows
 from palaestra.gym.types import Message, Task, ToolCall
 from palaestra.gym.worker import worker
 from palaestra.tasks.math import word_problems
+from palaestra.tasks.real import competition, gsm8k
 
 JUDGE_SECONDS = 20.0
+
+SOURCES = {"gsm8k": gsm8k, "math": competition}
 
 
 class Math(Environment):
     r"""Answer a mathematical question. The answer is the last \boxed, else the last line, of the reply."""
 
     class Config(BaseModel):
-        """`levels`: steps of the generated problems; `tools`: whether there is a calculator; `direct`: the share of
+        """`source`: generator, gsm8k, math, or a JSONL or Parquet file with prompt and answer;
+        `levels`: steps of the generated problems; `tools`: whether there is a calculator; `direct`: the share of
         demonstrations that answer without it."""
 
         model_config = ConfigDict(extra="forbid", frozen=True)
 
+        source: str = "generator"
         levels: tuple[int, ...] = (1, 2)
         tools: bool = True
         direct: float = 0.35
 
     @classmethod
     def task_set(cls, config: Any) -> Any:
-        """Generated word problems."""
-        return word_problems(config.levels)
+        """Generated tasks, real ones, or the rows of a file."""
+        if config.source == "generator":
+            return word_problems(config.levels)
+        if config.source in SOURCES:
+            return SOURCES[config.source]()
+        return rows(
+            config.source,
+            prompt="prompt",
+            answer="answer",
+        )
 
     @tool
     def calculate(self, expression: str) -> str:

@@ -14,8 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from palaestra.environments.search_index import Index
 from palaestra.gym.environment import Environment, ToolError, metric, reward, tool
+from palaestra.gym.tasksets import rows
 from palaestra.gym.types import Message, Task, ToolCall
+from palaestra.tasks.real import hotpotqa
 from palaestra.tasks.search import lookups
+
+SOURCES = {"hotpotqa": hotpotqa}
 
 
 def normalise(text: str) -> str:
@@ -40,11 +44,13 @@ class Search(Environment):
     """Answer a question from documents: `search` finds them, `open` shows one whole. The reply is the answer alone."""
 
     class Config(BaseModel):
-        """`levels`: hops of the generated questions; `hits`: documents a search shows; `direct`: the share of
+        """`source`: generator, hotpotqa, or a JSONL or Parquet file with prompt, answers and documents;
+        `levels`: hops of the generated questions; `hits`: documents a search shows; `direct`: the share of
         demonstrations that give the answer without looking it up."""
 
         model_config = ConfigDict(extra="forbid", frozen=True)
 
+        source: str = "generator"
         levels: tuple[int, ...] = (1, 2)
         hits: int = Field(default=1, ge=1)
         tools: bool = True
@@ -54,8 +60,16 @@ class Search(Environment):
 
     @classmethod
     def task_set(cls, config: Any) -> Any:
-        """Generated look-ups."""
-        return lookups(config.levels)
+        """Generated tasks, real ones, or the rows of a file."""
+        if config.source == "generator":
+            return lookups(config.levels)
+        if config.source in SOURCES:
+            return SOURCES[config.source]()
+        return rows(
+            config.source,
+            prompt="prompt",
+            data={"answers": "answers", "documents": "documents"},
+        )
 
     def setup(self, task: Task) -> None:
         """Index the task's documents."""

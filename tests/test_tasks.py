@@ -1,0 +1,32 @@
+"""The tasks: rows load, generators are deterministic, distinct and split without overlap."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+
+from palaestra.tasks import real
+from palaestra.tasks.code import functions
+from palaestra.tasks.math import word_problems
+from palaestra.tasks.search import lookups
+
+ROWS = {"gsm8k": 7473, "competition": 4500, "humaneval": 164, "mbpp": 474, "hotpotqa": 350}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_loads(name: str) -> None:
+    assert len(getattr(real, name)()) == ROWS[name]
+
+
+def test_benchmarks_are_not_trained_on() -> None:
+    assert not any(task.source.trainable for task in [*real.humaneval(), *real.hotpotqa()])
+
+
+@pytest.mark.parametrize("make", [word_problems, functions, lookups])
+def test_splits_are_disjoint_and_keys_find_their_tasks(make) -> None:  # type: ignore[no-untyped-def]
+    tasks = make((2, 3))
+    train, held = (list(islice(tasks(split, 1), 200)) for split in ("train", "held-out"))
+    assert not {task.prompt for task in train} & {task.prompt for task in held}
+    assert all(tasks.get(task.key) == task for task in train)
+    assert len({task.prompt for task in train}) > 190
