@@ -85,7 +85,8 @@ def dequantize(quantised: NVFP4) -> Tensor:
     table = torch.cat([magnitudes, -magnitudes])
     pairs = torch.stack([quantised.codes & 15, quantised.codes >> 4], dim=-1).flatten(-2)
     values = table[pairs.long()].unflatten(-1, (-1, BLOCK))
-    return (values * (quantised.scales.float() * quantised.scale2[..., None, None]).unsqueeze(-1)).flatten(-2)
+    result: Tensor = (values * (quantised.scales.float() * quantised.scale2[..., None, None]).unsqueeze(-1)).flatten(-2)
+    return result
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -101,5 +102,5 @@ class _StraightThrough(torch.autograd.Function):
 
 def fake_quantize(weight: Tensor) -> Tensor:
     """dequantize(quantize(weight)), with the gradient passed straight through to `weight`. Raises as quantize."""
-    result: Tensor = _StraightThrough.apply(weight)
+    result: Tensor = _StraightThrough.apply(weight)  # type: ignore[no-untyped-call]
     return result

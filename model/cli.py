@@ -75,3 +75,12 @@ def inspect(folder: Annotated[Path, typer.Argument(help="a checkpoint folder")])
             raise typer.Exit(1) from None
     Console().print(table)
     typer.echo(f"{total:,} bytes in {len(files)} file(s)")
+
+
+@app.command()
+def tokenizer(output: Annotated[Path, typer.Option("--output", "-o", help="the tokenizer.json to write")]) -> None:
+    """Train the tokenizer that ships with the package anew; the file comes out the same to the byte."""
+    from palaestra.model.corpus import texts
+    from palaestra.model.tokenizer import train
+
+    typer.echo(f"{output}: sha256 {train(texts(), output).sha256}")

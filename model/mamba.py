@@ -117,7 +117,8 @@ class Mamba(nn.Module):
             at = torch.arange(past, device=xbc.device) + ends
             state[0].copy_(inputs.gather(2, at.expand(inputs.shape[0], inputs.shape[1], past)))
         if xbc.shape[1] == 1:
-            return ((inputs * self.conv1d.weight[:, 0]).sum(-1) + self.conv1d.bias)[:, None]
+            window = (inputs * self.conv1d.weight[:, 0]).sum(-1)
+            return (window if self.conv1d.bias is None else window + self.conv1d.bias)[:, None]
         result: Tensor = self.conv1d(inputs).transpose(1, 2)
         return result
 

@@ -48,7 +48,8 @@ class Router(nn.Module):
         groups = scores.unflatten(-1, (self.config.n_group, -1))
         best = groups.topk(2).values.sum(-1).topk(self.config.topk_group).indices
         keep = torch.zeros(groups.shape[:-1], dtype=torch.bool, device=scores.device).scatter_(1, best, True)
-        return groups.masked_fill(~keep[..., None], 0.0).flatten(-2)
+        result: Tensor = groups.masked_fill(~keep[..., None], 0.0).flatten(-2)
+        return result
 
 
 class Experts(nn.Module):
@@ -82,7 +83,8 @@ class Experts(nn.Module):
         outputs = F.grouped_mm(hidden, down.transpose(1, 2), offs=counts)
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
-        return (outputs[back].unflatten(0, (-1, k)) * weights[..., None]).sum(1)
+        result: Tensor = (outputs[back].unflatten(0, (-1, k)) * weights[..., None]).sum(1)
+        return result
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name, matrix in self.split(keep_vars):

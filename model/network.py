@@ -155,4 +155,4 @@ class Hybrid(nn.Module):
             if parameter.dim() >= 2 and "conv1d" not in name:
                 parameter.normal_(std=config.initializer_range)
             if config.rescale_prenorm_residual and name.endswith(("out_proj.weight", "o_proj.weight")):
-                parameter /= math.sqrt(len(config.hybrid_override_pattern))
+                parameter.div_(math.sqrt(len(config.hybrid_override_pattern)))

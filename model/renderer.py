@@ -60,7 +60,7 @@ class NemotronRenderer:
 
     def __init__(self, tokenizer: Tokenizer | None = None, lean: bool = True) -> None:
         self.tokenizer = tokenizer or Tokenizer.load()
-        self.stop_ids = (self.tokenizer.id(END),)
+        self.stop_ids: tuple[int, ...] = (self.tokenizer.id(END),)
         self._lean = lean
 
     def start(self, messages: Sequence[Message], tools: Sequence[ToolDeclaration], thinking: Thinking) -> list[int]:

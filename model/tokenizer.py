@@ -43,7 +43,7 @@ class Tokenizer:
     def __init__(self, content: str) -> None:
         self._inner = tokenizers.Tokenizer.from_str(content)
         self._inner.encode_special_tokens = True
-        self._ids = {tag: self._inner.token_to_id(tag) for tag in TAGS}
+        self._ids: dict[str, int] = {tag: self._inner.token_to_id(tag) for tag in TAGS}  # type: ignore[misc]
         self._tags = {number: tag for tag, number in self._ids.items()}
         self.sha256 = hashlib.sha256(content.encode()).hexdigest()
         self.size: int = self._inner.get_vocab_size()

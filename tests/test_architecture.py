@@ -55,7 +55,8 @@ def test_every_package_on_disk_ships():
 
 
 @pytest.mark.parametrize(
-    "module", ["palaestra.gym.episode", "palaestra.gym.cli", "palaestra.environments.math", "palaestra.environments.code"]
+    "module",
+    ["palaestra.gym.episode", "palaestra.gym.cli", "palaestra.environments.math", "palaestra.environments.code"],
 )
 def test_light_rooms_import_without_torch_or_ray(module):
     code = (

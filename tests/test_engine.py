@@ -71,7 +71,7 @@ async def test_logprobs_are_those_of_a_full_forward_pass_through_turns_and_evict
 
 async def test_a_deterministic_engine_draws_the_same_whatever_shares_its_batch():
     async def play(order: list[int]) -> dict[int, list[int]]:
-        engine = HybridEngine(model(), EngineConfig(slots=8, deterministic=True, burst=2))
+        engine = HybridEngine(model(), EngineConfig(slots=64, deterministic=True, burst=2))
         texts = prompts(8)
         drawn: dict[int, list[int]] = {}
 

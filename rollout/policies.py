@@ -1,0 +1,30 @@
+"""Token policies by reference: `model:PATH`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from palaestra.gym.registry import UsageError
+from palaestra.model.checkpoint import CheckpointError, load, tokenizer_hash
+from palaestra.model.renderer import NemotronRenderer
+from palaestra.model.tokenizer import Tokenizer
+from palaestra.rollout.hybrid_engine import HybridEngine
+from palaestra.rollout.policy import TokenPolicy
+
+
+def model(path: str) -> TokenPolicy:
+    """A checkpoint folder of ours, played on the NVFP4 values of its weights. Raises UsageError."""
+    folder = Path(path)
+    try:
+        network = load(folder)
+    except CheckpointError as error:
+        raise UsageError(f"policy model:{path}: {error}") from error
+    tokenizer = Tokenizer.load()
+    trained_with = tokenizer_hash(folder)
+    if trained_with not in ("", tokenizer.sha256):
+        raise UsageError(
+            f"policy model:{path}: trained with another tokenizer ({trained_with[:12]}) than this package ships "
+            f"({tokenizer.sha256[:12]})"
+        )
+    network.load_weights(list(network.weights()))
+    return TokenPolicy(NemotronRenderer(tokenizer), HybridEngine(network))
