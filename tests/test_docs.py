@@ -1,0 +1,42 @@
+"""What the README and the docs tell people to type really works."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BIN = Path(sys.executable).parent
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """(page, content) of every fenced block of a language; those marked slow belong to the bars."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            found.append((page.name, block))
+    return found
+
+
+COMMANDS = [(page, line) for page, block in blocks("console") for line in block.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS)
+def test_a_documented_command_works(page, line, tmp_path):
+    program, *arguments = shlex.split(line)
+    done = subprocess.run([BIN / program, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, f"{page}: {line}\n{done.stdout}\n{done.stderr}"
+
+
+def test_the_readmes_environment_passes_its_check(tmp_path):
+    (example,) = [block for page, block in blocks("python") if page == "README.md"]
+    (tmp_path / "arithmetic.py").write_text(example)
+    command = [BIN / "palaestra", "env", "check", "arithmetic.py:Arithmetic"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout + done.stderr
