@@ -50,7 +50,7 @@ class Loop:
 
 def _same(left: Message, right: Message) -> bool:
     """Whether two messages are the same to a client that resends them: reasoning and provider data may be dropped."""
-    return (left.role, left.content, left.tool_calls, left.tool_call_id) == (
+    return left is right or (left.role, left.content, left.tool_calls, left.tool_call_id) == (
         right.role,
         right.content,
         right.tool_calls,
@@ -130,14 +130,13 @@ class Recorder:
         self._started += 1
 
     def _parent(self, conversation: Sequence[Message], agent: str) -> int | None:
-        best: int | None = None
-        for index, messages in enumerate(self._messages):
-            if self._policy(self.turns[index].agent) is not self._policy(agent):
-                continue
-            longer = best is None or len(messages) > len(self._messages[best])
-            if longer and len(messages) <= len(conversation) and all(map(_same, messages, conversation)):
-                best = index
-        return best
+        """The turn with the longest path that the conversation begins with; the longest are tried first."""
+        for index in sorted(range(len(self.turns)), key=lambda index: -len(self._messages[index])):
+            messages = self._messages[index]
+            same_policy = self._policy(self.turns[index].agent) is self._policy(agent)
+            if same_policy and len(messages) <= len(conversation) and all(map(_same, messages, conversation)):
+                return index
+        return None
 
     def _take_session(self, parent: int | None) -> str:
         """The parent's session if the parent is its newest turn and nobody else continues it; else a new one."""

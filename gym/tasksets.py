@@ -116,6 +116,7 @@ def rows(
     `answer` becomes `task.data["answer"]`; `data` maps further fields; without `key`, the prompt's hash; without
     `split`, the hash of the key decides. Raises KeyError naming a column that a row lacks.
     """
+    named = str(source) if isinstance(source, str | Path) else type(source).__name__
     columns = {**({} if answer is None else {"answer": answer}), **(data or {})}
 
     def task(number: int, row: Mapping[str, Any]) -> Task:
@@ -123,13 +124,13 @@ def rows(
             if callable(column):
                 return column(row)
             if column not in row:
-                raise KeyError(f"{source}, row {number}: no column {column!r}; the columns are {', '.join(row)}")
+                raise KeyError(f"{named}, row {number}: no column {column!r}; the columns are {', '.join(row)}")
             return row[column]
 
         text = cell(prompt)
         name = str(cell(key)) if key is not None else hashlib.sha256(str(text).encode()).hexdigest()[:16]
         part = str(cell(split)) if split is not None else split_of(name)
         fields = {field: cell(column) for field, column in columns.items()}
-        return Task(key=name, prompt=text, data=fields, split=part, source=origin or Source(dataset=str(source)))
+        return Task(key=name, prompt=text, data=fields, split=part, source=origin or Source(dataset=named))
 
     return Rows(task(number, row) for number, row in enumerate(read_rows(source), 1))
