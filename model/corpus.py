@@ -8,9 +8,9 @@ import json
 import random
 from collections.abc import Iterator
 
-from palaestra.gym import agent, environment, episode, tools, types
-from palaestra.gym.environment import gold_messages
-from palaestra.gym.registry import EnvironmentSpec, spec
+from palaestra.gym import agent, environment, episode, types
+from palaestra.gym import tools as toolbox
+from palaestra.gym.registry import spec
 
 SUITE = ("math", "code", "search")
 TASKS = 8000
@@ -27,21 +27,24 @@ def texts() -> Iterator[str]:
     """The corpus, always the same."""
     for name in SUITE:
         known = spec(name)
+        settings = known.settings()
+        player = known.environment()(settings)
+        declared = [tool["function"] for tool in toolbox.Tools(player, 1.0, 1.0).declarations]
         for task in itertools.islice(known.tasks("train", 0), TASKS):
-            yield from _of_task(known, task)
-    for module in (agent, environment, episode, tools, types):
+            yield from _of_task(player, task)
+            for function in declared:
+                yield from (function["name"], *function["parameters"]["properties"])
+    for module in (agent, environment, episode, toolbox, types):
         yield inspect.getsource(module)
     yield from [BASH] * 20
 
 
-def _of_task(known: EnvironmentSpec, task: types.Task) -> Iterator[str]:
-    """Prompt, data and both kinds of demonstration; names among the data again, so that each becomes one token."""
-    kind = known.environment()
-    player = kind(known.settings())
+def _of_task(player: environment.Environment, task: types.Task) -> Iterator[str]:
+    """Prompt, data and a demonstration; names among the data again, so that each becomes one token."""
     yield "\n".join(message.content for message in task.messages())
     yield from (text for text in task.data.get("documents", []) for _ in range(WORDS_AGAIN))
     styles = getattr(player, "demonstrations", None)
-    told = gold_messages(player.solution(task)) if styles is None else styles(task, random.Random(task.key))
+    told = environment.gold_messages(player.solution(task)) if styles is None else styles(task, random.Random(task.key))
     for message in told or []:
         yield message.content
         for call in message.tool_calls:
