@@ -46,7 +46,6 @@ class Attention(nn.Module):
         rows = torch.arange(len(past), device=q.device)[:, None]
         state[0][rows, :, at] = k.transpose(1, 2)
         state[1][rows, :, at] = v.transpose(1, 2)
-        total = cache.capacity if cache.fixed else total
         keys, values = state[0][:, :, :total], state[1][:, :, :total]
         mask = torch.arange(total, device=q.device) <= at[:, None, :, None]
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)

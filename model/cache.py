@@ -15,8 +15,7 @@ class Cache:
 
     lengths: int64[batch], tokens seen; per layer, by index: for `*` keys and values float32[batch, KV heads, capacity,
     head_dim]; for `M` the last conv_kernel - 1 convolution inputs float32[batch, conv_width, conv_kernel - 1] and the
-    state float32[batch, heads, head_dim, state]. `fixed`: attention looks at the whole capacity, seen or not, so that a
-    row's numbers owe nothing to how long its neighbours are.
+    state float32[batch, heads, head_dim, state].
     """
 
     def __init__(self, lengths: Tensor, layers: dict[int, State], attention: frozenset[int], capacity: int) -> None:
@@ -24,7 +23,6 @@ class Cache:
         self.layers = layers
         self.attention = attention
         self.capacity = capacity
-        self.fixed = False
 
     @classmethod
     def empty(cls, config: ModelConfig, batch: int, capacity: int, device: torch.device | str = "cpu") -> Cache:

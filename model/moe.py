@@ -57,7 +57,6 @@ class Experts(nn.Module):
 
     seen_up: Tensor | None = None
     seen_down: Tensor | None = None
-    dense = False
 
     def __init__(self, count: int, width: int, inner: int) -> None:
         super().__init__()
@@ -65,16 +64,9 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(count, width, inner))
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """The chosen experts' weighted sum: float[T, width], int64[T, k], float[T, k] -> float[T, width].
-
-        `dense` runs every expert on every token: slower, but a token's result then owes nothing to its neighbours.
-        """
+        """The chosen experts' weighted sum: float[T, width], int64[T, k], float[T, k] -> float[T, width]."""
         up = self.up_proj if self.seen_up is None else self.seen_up
         down = self.down_proj if self.seen_down is None else self.seen_down
-        if self.dense:
-            every = torch.zeros(len(x), len(up), device=x.device).scatter_(1, chosen, weights)
-            outputs = relu2(x @ up.transpose(1, 2)) @ down.transpose(1, 2)
-            return (outputs * every.T[..., None]).sum(0)
         order = chosen.flatten().argsort(stable=True)
         counts = torch.bincount(chosen.flatten(), minlength=len(up)).cumsum(0).to(torch.int32)
         k = chosen.shape[1]

@@ -1,4 +1,4 @@
-"""Token policies by reference: `model:PATH`."""
+"""Token policies by reference: `model:PATH` (ours) and `transformers:PATH`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from palaestra.model.renderer import NemotronRenderer
 from palaestra.model.tokenizer import Tokenizer
 from palaestra.rollout.hybrid_engine import HybridEngine
 from palaestra.rollout.policy import TokenPolicy
+
+SLOTS, CONTEXT = 32, 4096
 
 
 def model(path: str) -> TokenPolicy:
@@ -28,3 +30,14 @@ def model(path: str) -> TokenPolicy:
         )
     network.load_weights(list(network.weights()))
     return TokenPolicy(NemotronRenderer(tokenizer), HybridEngine(network))
+
+
+def transformers(path: str) -> TokenPolicy:
+    """A causal language model in a Hugging Face folder, in float32. Raises UsageError."""
+    from palaestra.model.foreign import Foreign
+    from palaestra.model.template import TemplateRenderer
+    from palaestra.rollout.transformers_engine import TransformersEngine
+
+    network = Foreign.load(path)
+    longest = getattr(network.inner.config, "max_position_embeddings", None) or CONTEXT
+    return TokenPolicy(TemplateRenderer(network.tokenizer), TransformersEngine(network, SLOTS, min(longest, CONTEXT)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,24 @@ from palaestra.gym.agent import MAIN
 from palaestra.gym.registry import EnvironmentSpec, UsageError, suggest
 from palaestra.model import checkpoint
 from palaestra.model.config import ModelConfig
+from palaestra.model.foreign import Foreign
 from palaestra.model.network import Hybrid
 from palaestra.model.presets import PRESETS
 from palaestra.model.renderer import NemotronRenderer
+from palaestra.model.template import TemplateRenderer
 from palaestra.model.tokenizer import Tokenizer
+from palaestra.rollout.engine import Engine
 from palaestra.rollout.hybrid_engine import EngineConfig, HybridEngine, empty
 from palaestra.rollout.policy import TokenPolicy
+from palaestra.rollout.transformers_engine import TransformersEngine
 from palaestra.rollout.worker import Worker
-from palaestra.trainer.recipe import Recipe
+from palaestra.trainer.recipe import FOREIGN, Recipe
 
 SHIPPED = Path(__file__).parent / "assets"
 
 
 def model(recipe: Recipe, tokenizer: Tokenizer) -> Hybrid:
-    """The network of `recipe.model`: a checkpoint folder, `preset:NAME`, or the name of one that ships.
+    """The hybrid network of `recipe.model`: a checkpoint folder, `preset:NAME`, or the name of one that ships.
 
     Raises UsageError naming what is not there, CheckpointError naming a damaged file.
     """
@@ -53,28 +58,41 @@ def _unquantised(quantised: Hybrid) -> Hybrid:
     return plain
 
 
-def build_engine(config: ModelConfig, engine: EngineConfig, threads: int = 0) -> HybridEngine:
-    """An engine that waits for weights; `threads` for torch in its process (0: as it is)."""
+def hybrid_engine(config: ModelConfig, engine: EngineConfig, threads: int = 0) -> Engine:
+    """An engine of ours that waits for weights; `threads` for torch in its process (0: as it is)."""
     if threads:
         torch.set_num_threads(threads)
     return HybridEngine(empty(config), engine)
 
 
+def foreign_engine(path: str, engine: EngineConfig, threads: int = 0) -> Engine:
+    """An engine over its own copy of a foreign model."""
+    if threads:
+        torch.set_num_threads(threads)
+    return TransformersEngine(Foreign.load(path), engine.slots, engine.context, engine.deterministic)
+
+
 class Base:
-    """The model that is trained and its renderer."""
+    """The model that is trained, its renderer, and how its engines are built."""
 
     def __init__(self, recipe: Recipe, device: Any) -> None:
-        self._tokenizer = Tokenizer.load()
-        self.model: Any = model(recipe, self._tokenizer).to(device)
-        self.renderer: Any = NemotronRenderer(self._tokenizer)
         rollout = recipe.rollout
-        self._engine_config = EngineConfig(
-            slots=rollout.slots, context=rollout.context, deterministic=recipe.deterministic
-        )
-
-    def save_model(self, folder: Path) -> None:
-        """Write the masters as a checkpoint folder."""
-        checkpoint.save(folder, self.model, self._tokenizer.sha256)
+        engine = EngineConfig(slots=rollout.slots, context=rollout.context, deterministic=recipe.deterministic)
+        self.model: Any
+        self.renderer: Any
+        self.build: Callable[..., Engine]
+        if recipe.model.startswith(FOREIGN):
+            path = recipe.model.removeprefix(FOREIGN)
+            self.model = Foreign.load(path).to(device)
+            self.renderer = TemplateRenderer(self.model.tokenizer)
+            self.build = partial(foreign_engine, path, engine)
+            self.save_model = self.model.save
+        else:
+            tokenizer = Tokenizer.load()
+            self.model = model(recipe, tokenizer).to(device)
+            self.renderer = NemotronRenderer(tokenizer)
+            self.build = partial(hybrid_engine, self.model.config, engine)
+            self.save_model = partial(checkpoint.save, model=self.model, tokenizer_hash=tokenizer.sha256)
 
 
 class Inline(Base):
@@ -82,7 +100,7 @@ class Inline(Base):
 
     def __init__(self, recipe: Recipe, specs: dict[str, EnvironmentSpec], device: Any) -> None:
         super().__init__(recipe, device)
-        self._engine = build_engine(self.model.config, self._engine_config)
+        self._engine = self.build()
         policy = TokenPolicy(self.renderer, self._engine)
         self.player = Worker(specs, {MAIN: policy}, recipe.rollout.bounds(recipe.deterministic))
 
@@ -112,7 +130,7 @@ class OnRay(Base):
             torch.set_num_threads(max(1, cores - threads))
         self.player = Cluster(
             specs,
-            partial(build_engine, self.model.config, self._engine_config, threads),
+            partial(self.build, threads),
             self.renderer,
             recipe.rollout.bounds(recipe.deterministic),
             recipe.ray.environment_actors,

@@ -22,7 +22,7 @@ class OptimConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    muon: float = Field(default=1e-3, ge=0, description="learning rate of the hidden matrices")
+    muon: float = Field(default=1e-3, ge=0, description="learning rate of the hidden matrices; 0: AdamW takes them")
     adamw: float = Field(default=1e-4, ge=0, description="learning rate of everything else")
     momentum: float = Field(default=0.95, ge=0, lt=1)
     betas: tuple[float, float] = (0.9, 0.95)
@@ -87,8 +87,8 @@ class Optimiser:
         self.config = config
         moving = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._parameters = [p for _, p in moving]
-        hidden = [p for name, p in moving if is_hidden_matrix(name, p)]
-        rest = [p for name, p in moving if not is_hidden_matrix(name, p)]
+        hidden = [p for name, p in moving if config.muon and is_hidden_matrix(name, p)]
+        rest = [p for name, p in moving if not (config.muon and is_hidden_matrix(name, p))]
         self._parts: dict[str, torch.optim.Optimizer] = {}
         if hidden:
             self._parts["muon"] = Muon(hidden, config.muon, config.momentum)

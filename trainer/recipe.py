@@ -98,11 +98,13 @@ class SftStage(Stage):
     easy_steps: int = Field(default=0, ge=0, description="steps at the lowest level alone")
 
 
+FOREIGN = "transformers:"
 STAGES: dict[str, type[Stage]] = {"rlvr": RlvrStage, "sft": SftStage}
 
 
 class Recipe(Part):
-    """A whole run. `model`: a checkpoint folder, `preset:NAME` for fresh weights, or `warmstart`, which ships."""
+    """A whole run. `model`: a checkpoint folder, `preset:NAME` for fresh weights, `warmstart`, which ships, or
+    `transformers:PATH`, a Hugging Face folder, which trains unquantised."""
 
     name: str = Field(pattern=r"^[\w.-]+$")
     seed: int = 0
@@ -230,7 +232,9 @@ def _refuse_idle(table: Mapping[str, Any], place: str) -> None:
     stages = table.get("stages", {})
     learns = any(isinstance(stage, dict) and stage.get("loss") == "rlvr" for stage in stages.values())
     inline = table.get("placement", "inline") == "inline"
+    foreign = str(table.get("model", "")).startswith(FOREIGN)
     idle = [
+        ("nvfp4", foreign, "a transformers: model is not quantised"),
         ("ray", inline, 'placement = "inline" uses no Ray; choose "shared" or "split"'),
         ("pool", bool(stages) and not learns, "no stage is RLVR"),
     ]
