@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from palaestra.gym.registry import UsageError
@@ -31,8 +32,10 @@ class Foreign(nn.Module):
         """The model of a local Hugging Face folder. Raises UsageError naming what is missing or cannot be used."""
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer
+            from transformers.utils import logging
         except ImportError:
             raise UsageError("transformers:PATH needs transformers: pip install 'palaestra[hf]'") from None
+        logging.disable_progress_bar()
         folder = Path(path)
         if not (folder / "config.json").is_file():
             hint = "; `palaestra model fetch smollm2` writes one to models/smollm2"
@@ -40,7 +43,7 @@ class Foreign(nn.Module):
         try:
             inner = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             text = str(error).strip().splitlines()[0]
             raise UsageError(f"transformers:{path} cannot be loaded: {text}; fetch or write the folder anew") from None
         if not tokenizer.chat_template:

@@ -24,6 +24,7 @@ from palaestra.model.tokenizer import (
     NAMED,
     PARAMETER,
     RESULT,
+    TAGS,
     THINK,
     TOOLS,
     Tokenizer,
@@ -37,6 +38,7 @@ class Renderer(Protocol):
     """Messages to ids and back."""
 
     stop_ids: tuple[int, ...]
+    tag_ids: frozenset[int]
 
     def start(self, messages: Sequence[Message], tools: Sequence[ToolDeclaration], thinking: Thinking) -> list[int]:
         """The ids of a conversation's beginning, generation prompt included."""
@@ -44,6 +46,10 @@ class Renderer(Protocol):
 
     def extend(self, previous: Sequence[int], new: Sequence[Message], thinking: Thinking) -> list[int]:
         """The ids to add after `previous` (which ends with a reply): closer if it was cut, messages, next prompt."""
+        ...
+
+    def reply(self, message: Message) -> list[int]:
+        """The ids of an assistant's reply as the policy would generate it, its end included."""
         ...
 
     def parse(self, ids: Sequence[int], tools: Sequence[ToolDeclaration] = ()) -> Message:
@@ -61,6 +67,7 @@ class NemotronRenderer:
     def __init__(self, tokenizer: Tokenizer | None = None, lean: bool = True) -> None:
         self.tokenizer = tokenizer or Tokenizer.load()
         self.stop_ids: tuple[int, ...] = (self.tokenizer.id(END),)
+        self.tag_ids = frozenset(map(self.tokenizer.id, TAGS))
         self._lean = lean
 
     def start(self, messages: Sequence[Message], tools: Sequence[ToolDeclaration], thinking: Thinking) -> list[int]:

@@ -31,7 +31,9 @@ class TemplateRenderer:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._knows_tools = "tools" in (tokenizer.chat_template or "")
-        self.stop_ids: tuple[int, ...] = tuple(sorted({tokenizer.eos_token_id, *self._reply_ends()}))
+        self.tag_ids: frozenset[int] = frozenset(tokenizer.all_special_ids)
+        self._ends = self._reply_ends() or [tokenizer.eos_token_id]
+        self.stop_ids: tuple[int, ...] = tuple(sorted({tokenizer.eos_token_id, *self._ends}))
 
     def start(self, messages: Sequence[Message], tools: Sequence[ToolDeclaration], thinking: Thinking) -> list[int]:
         """The ids of a conversation's beginning, generation prompt included."""
@@ -49,6 +51,10 @@ class TemplateRenderer:
             raise ValueError("the chat template renders earlier messages differently once others follow")
         ids = self._ids(self._closer() + after[len(before) :])
         return ids[1:] if previous and previous[-1] in self.stop_ids and ids[0] in self.stop_ids else ids
+
+    def reply(self, message: Message) -> list[int]:
+        """The ids of an assistant's reply as the policy would generate it, its end included."""
+        return self._ids(_as_text(message)["content"]) + self._ends
 
     def parse(self, ids: Sequence[int], tools: Sequence[ToolDeclaration] = ()) -> Message:
         """The assistant's message that generated ids spell. A malformed call becomes a call of its raw text, which the
@@ -94,7 +100,7 @@ class TemplateRenderer:
     def _reply_ends(self) -> list[int]:
         """The special token that the template closes a reply with, where it does."""
         first = self._ids(self._closer())[:1]
-        return [number for number in first if number in set(self._tokenizer.all_special_ids)]
+        return [number for number in first if number in self.tag_ids]
 
     def _plain(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """The OpenAI form; for a template without tools, results and calls as text."""

@@ -19,7 +19,7 @@ from palaestra.gym.policy import ToolDeclaration
 from palaestra.gym.registry import EnvironmentSpec, UsageError
 from palaestra.gym.tools import Tools, as_messages, guarded
 from palaestra.gym.types import Completion, Episode, Generation, Limits, Message, Sampling, Task, Turn
-from palaestra.model.renderer import NemotronRenderer
+from palaestra.model.renderer import Renderer
 from palaestra.rollout.pool import Tasks, shares
 from palaestra.trainer.batch import Batch, Sample, paths
 
@@ -29,7 +29,7 @@ SECONDS = 60.0
 class Recital:
     """A token policy that says given messages in order. Its log-probabilities are 0: nothing drew the tokens."""
 
-    def __init__(self, renderer: NemotronRenderer, messages: Sequence[Message]) -> None:
+    def __init__(self, renderer: Renderer, messages: Sequence[Message]) -> None:
         self._renderer = renderer
         self._messages = list(messages)
 
@@ -65,7 +65,7 @@ class Demonstrations:
     """An endless, resumable stream of supervised batches in the mix of the weights."""
 
     def __init__(
-        self, specs: Mapping[str, EnvironmentSpec], weights: Mapping[str, float], renderer: NemotronRenderer, seed: int
+        self, specs: Mapping[str, EnvironmentSpec], weights: Mapping[str, float], renderer: Renderer, seed: int
     ) -> None:
         self._specs = specs
         self._weights = weights

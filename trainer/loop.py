@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -20,11 +20,15 @@ from palaestra.rollout.pool import Draw, Pool
 from palaestra.rollout.worker import Player
 from palaestra.trainer import evaluation, metrics, report, state
 from palaestra.trainer.advantages import ADVANTAGES, Returns, permuted, returns
-from palaestra.trainer.batch import pack
+from palaestra.trainer.batch import Batch, Sample, pack
 from palaestra.trainer.demonstrations import Demonstrations
+from palaestra.trainer.drills import Drills
 from palaestra.trainer.evaluation import Scores
 from palaestra.trainer.learner import Learner, LearnerConfig, Metrics
 from palaestra.trainer.recipe import Recipe, RlvrStage, SftStage, Stage
+
+DRILL_SOURCES = 900
+"""Demonstrations that the drills' tokens are taken from."""
 
 Watch = Callable[[str, int, int, Metrics], None]
 """Told of every step: the stage's name, the step, the stage's steps, its metrics."""
@@ -150,17 +154,39 @@ class Sft:
         config = LearnerConfig(micro_tokens=stage.micro_tokens, train_router=True)
         self.learner = Learner(run.stack.model, "sft", config, stage.optim)
         self._data = Demonstrations(run.specs, recipe.weights(), run.stack.renderer, recipe.seed)
+        self._drills: Drills | None = None
+        self._run = run
         self._stage = stage
 
     async def start(self) -> None:
-        """Nothing samples during supervised training."""
+        """Take the drills' tokens from demonstrations. Nothing samples during supervised training."""
+        if self._stage.drills:
+            self._drills = Drills(await self._tokens(), self._run.recipe.seed)
 
     async def step(self, step: int) -> Metrics:
         """One step of training."""
         started = time.monotonic()
-        batch = await self._data.batch(self._stage.batch, easy=step < self._stage.easy_steps)
-        measured = self.learner.step(batch)
+        measured = self.learner.step(Batch([*await self._demonstrations(step), *self._drilled(step)]))
         return {**measured, "step_seconds": time.monotonic() - started}
+
+    async def _demonstrations(self, step: int) -> Sequence[Sample]:
+        later = step - self._stage.drill_steps
+        if later < 0:
+            return []
+        return (await self._data.batch(self._stage.batch, easy=later < self._stage.easy_steps)).sequences
+
+    async def _tokens(self) -> set[int]:
+        """The tokens of some demonstrations, less the tags."""
+        run = self._run
+        source = Demonstrations(run.specs, run.recipe.weights(), run.stack.renderer, run.recipe.seed)
+        try:
+            shown = await source.batch(DRILL_SOURCES)
+        finally:
+            await source.close()
+        return {int(number) for sample in shown.sequences for number in sample.ids} - run.stack.renderer.tag_ids
+
+    def _drilled(self, step: int) -> Sequence[Sample]:
+        return [] if self._drills is None else self._drills.batch(self._stage.drills, step)
 
     def state(self) -> dict[str, Any]:
         """Learner and cursors."""
@@ -229,10 +255,16 @@ def _finish(run: Run, tasks: dict[str, list[Task]], after: Scores, sampled: list
     rows = metrics.read(run.folder / "metrics.jsonl")
     report.curves(rows, run.folder / "curves.png")
     report.page(run.recipe.name, summary, run.folder / "curves.png", sampled, run.folder / "report.html")
-    staged = run.folder / "summary.json.partial"
-    staged.write_text(json.dumps(summary, indent=1) + "\n")
-    os.replace(staged, run.folder / "summary.json")
+    if tasks:
+        _write(run.folder / "scores.json", {"schema_version": 1, "before": run.progress["before"], "after": after})
+    _write(run.folder / "summary.json", summary)
     return summary
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    staged = path.with_suffix(".json.partial")
+    staged.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(staged, path)
 
 
 def _save(run: Run, stage_state: dict[str, Any]) -> None:

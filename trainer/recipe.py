@@ -95,7 +95,9 @@ class SftStage(Stage):
 
     loss: Literal["sft"] = "sft"
     batch: int = Field(default=64, ge=1, description="demonstrations a step")
-    easy_steps: int = Field(default=0, ge=0, description="steps at the lowest level alone")
+    easy_steps: int = Field(default=0, ge=0, description="steps at the lowest level alone, once demonstrations begin")
+    drills: int = Field(default=0, ge=0, description="sequences a step that teach copying (trainer/drills.py)")
+    drill_steps: int = Field(default=0, ge=0, description="first steps that hold drills alone")
 
 
 FOREIGN = "transformers:"
