@@ -1,8 +1,8 @@
 """Re-run acceptance bars: `make bars GROUP=main`, one alone by `BAR=3`, the quick ones by `ARGS=--quick`.
 
-Each bar is a function in `benchmarks/bars_<group>.py`, marked by `@bar(number, threshold)`, that returns what it
-measured and whether the threshold is met. Results go to `benchmarks/results/<group>.json` after every bar; a bar
-already measured at this commit is skipped, so that an interrupted run goes on where it stopped.
+Each bar is a function that returns what it measured and whether the threshold is met; `benchmarks/bars_<group>.py`
+lists them in BARS. Results go to `benchmarks/results/<group>.json` after every bar; a bar already measured at this
+commit is skipped, so that an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def load(group: str) -> list[Bar]:
         names = ", ".join(sorted(found.stem.removeprefix("bars_") for found in file.parent.glob("bars_*.py")))
         sys.exit(f"there is no group {group!r} of bars; the groups are: {names}")
     module = _import(f"bars_{group}", file)
-    return sorted((value for value in vars(module).values() if isinstance(value, Bar)), key=lambda found: found.number)
+    found: tuple[Bar, ...] = module.BARS
+    return sorted(found, key=lambda known: known.number)
 
 
 def _import(name: str, file: Path) -> ModuleType:

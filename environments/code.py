@@ -46,7 +46,7 @@ class Code(Environment):
         model_config = ConfigDict(extra="forbid", frozen=True)
 
         source: str = "generator"
-        levels: tuple[int, ...] = (1, 2)
+        levels: tuple[int, ...] = (1, 2, 3, 4)
 
     @classmethod
     def task_set(cls, config: Any) -> Any:

@@ -7,9 +7,11 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from palaestra.model.config import ModelConfig
 from palaestra.model.network import Hybrid
@@ -21,13 +23,14 @@ class CheckpointError(Exception):
     """A checkpoint cannot be used; the text names the file, what is wrong and what to do."""
 
 
-def save(folder: Path, model: Hybrid, tokenizer_hash: str = "") -> None:
-    """Write a checkpoint folder, whole or not at all. Raises OSError naming the folder (a full disk, say)."""
+def save(folder: Path, model: Hybrid, tokenizer_hash: str = "", dtype: torch.dtype = torch.float32) -> None:
+    """Write a checkpoint folder, whole or not at all; `dtype` is that of matrices, the router's aside, which stay
+    float32 like all vectors. Raises OSError naming the folder (a full disk, say)."""
     staged = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
     try:
         staged.mkdir(parents=True)
-        tensors = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
+        tensors = {name: _stored(name, tensor, dtype) for name, tensor in model.state_dict().items()}
         save_file(tensors, staged / WEIGHTS, metadata={"format": "pt", "tokenizer_sha256": tokenizer_hash})
         config = {**model.config.to_hf(), "tokenizer_sha256": tokenizer_hash}
         (staged / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
@@ -52,6 +55,11 @@ def load(folder: Path) -> Hybrid:
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} is missing or damaged ({error}); write or fetch it anew") from error
     return model
+
+
+def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    kept = tensor.dim() < 2 or ".gate." in name
+    return tensor.to(torch.float32 if kept else dtype, copy=True).contiguous()
 
 
 def tokenizer_hash(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""`palaestra model create | fetch | inspect`."""
+"""`palaestra model create | convert | fetch | inspect`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Make, fetch and look at models.")
+app = typer.Typer(no_args_is_help=True, help="Make, convert, fetch and look at models.")
 
 
 @app.command()
@@ -28,6 +28,29 @@ def create(
     model = Hybrid(find(preset))
     save(output, model, Tokenizer.load().sha256)
     typer.echo(f"{output}: {preset}, {sum(p.numel() for p in model.parameters()):,} parameters, seed {seed}")
+
+
+@app.command()
+def convert(
+    folder: Annotated[Path, typer.Argument(help="a checkpoint folder of ours")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="the folder to write")],
+    dtype: Annotated[str, typer.Option(help="of the matrices: float32 or bfloat16")] = "bfloat16",
+) -> None:
+    """Write a checkpoint again with its matrices in another number format."""
+    import torch
+
+    from palaestra.model import checkpoint
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    try:
+        if dtype not in dtypes:
+            raise checkpoint.CheckpointError(f"--dtype {dtype!r}: choose one of {', '.join(dtypes)}")
+        model = checkpoint.load(folder)
+        checkpoint.save(output, model, checkpoint.tokenizer_hash(folder), dtypes[dtype])
+    except (checkpoint.CheckpointError, OSError) as error:
+        typer.echo(f"model convert: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"{output}: {(output / checkpoint.WEIGHTS).stat().st_size:,} bytes")
 
 
 @app.command()

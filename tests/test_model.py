@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from palaestra.model.cache import Cache
 from palaestra.model.checkpoint import CheckpointError, load, save, tokenizer_hash
+from palaestra.model.cli import app
 from palaestra.model.config import ModelConfig
 from palaestra.model.mamba import scan, step
 from palaestra.model.network import Hybrid
@@ -278,3 +280,22 @@ def test_router_load_is_counted_in_training_only():
     assert int(gate.load.sum()) == 0
     model.train()(ids)
     assert int(gate.load.sum()) == 2 * 9 * 3
+
+
+def test_a_converted_checkpoint_holds_its_matrices_in_bfloat16_and_the_router_in_float32(tmp_path):
+    model = build()
+    save(tmp_path / "whole", model, "abc")
+    done = CliRunner().invoke(app, ["convert", str(tmp_path / "whole"), "-o", str(tmp_path / "half")])
+    assert done.exit_code == 0, done.output
+    stored = load_file(tmp_path / "half" / "model.safetensors")
+    kept = {tensor.dtype for name, tensor in stored.items() if tensor.dim() == 1 or ".gate." in name}
+    converted = {tensor.dtype for name, tensor in stored.items() if tensor.dim() > 1 and ".gate." not in name}
+    assert (kept, converted) == ({torch.float32}, {torch.bfloat16})
+    loaded = load(tmp_path / "half").state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(loaded[name], tensor, atol=0, rtol=2**-8)
+    assert tokenizer_hash(tmp_path / "half") == "abc"
+    command = ["convert", str(tmp_path / "whole"), "-o", str(tmp_path / "x"), "--dtype", "int3"]
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 1
+    assert not (tmp_path / "x").exists()
