@@ -7,7 +7,7 @@ GROUP ?= main
 BAR ?=
 ARGS ?=
 
-.PHONY: install train warmstart test bars lint types clean
+.PHONY: install train warmstart test bars pages lint types clean
 
 install: $(VENV)/.installed
 
@@ -34,6 +34,9 @@ test: install
 
 bars: install
 	$(BIN)/python -P benchmarks/bars.py GROUP=$(GROUP) $(if $(BAR),BAR=$(BAR)) $(ARGS)
+
+pages: install
+	$(BIN)/python -P benchmarks/pages.py
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

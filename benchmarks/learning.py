@@ -145,7 +145,7 @@ def three_seeds() -> Measured:
         "float32": float32,
         "control": control,
         "search without tools": toolless,
-        "float32's mean gain minus NVFP4's": round(loss, 3),
+        "float32 minus NVFP4": round(loss, 3),
         "warm start, minutes": round(warm_minutes, 1),
     }
     met = not any(missed.values()) and toolless < 0.10 and loss <= 0.08 and warm_minutes <= 90

@@ -1,0 +1,92 @@
+"""Write what the bars of group main measured for people: docs/learning.md and docs/curves.png."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import Any
+
+from bars import RESULTS, ROOT
+from learning import quickstart
+
+HEAD = """# What the quickstart learns
+
+Written by `make pages` from `benchmarks/results/main.json`, which `make bars GROUP=main BAR=1` and `BAR=2` measure.
+Machine: {cpu}, {cores} cores. 500 held-out tasks an environment, the same before and after; t=1: sampled at
+temperature 1; gains with 95 % intervals paired by task.
+
+![reward curves of the run with seed 0](curves.png)
+
+The warm start has seen drills in copying and the environments' own solutions. A third of its demonstrations in math and
+search answer directly (the answer is right, but no small model can know it), so that RLVR finds which strategy is
+rewarded; it also stops while all three environments still improve. So a part of the gain is the use of the tools and a
+part is precision; greedy decoding, which hides the first, is shown beside it. No demonstration is wrong.
+Search with its tools taken away scores {toolless:.3f} after training.
+"""
+CONTROL = """
+## The control
+
+The same minutes of further supervised training from the same warm start gave {sft:+.3f} in the mean at temperature 1
+({sft_greedy:+.3f} greedily); RLVR gave {rl:+.3f} ({rl_greedy:+.3f}). Nothing more than this difference is claimed of
+RLVR over supervised training here.
+"""
+PERMUTED = """
+## Rewards that mean nothing
+
+The run of seed 0 with its rewards permuted among the episodes of each environment's batch gained {gain:+.3f} in the
+mean. The real run's return minus the permuted run's, after training: {apart}. The learning comes from the verifier.
+"""
+TITLES = ("run", "environment", "before, t=1", "after, t=1", "gain, t=1", "greedy before", "greedy after", "minutes")
+
+
+def row(label: str, name: str, part: dict[str, Any], minutes: float) -> str:
+    """A line of the table."""
+    mean, low, high = part["gain"]
+    cells = (label, name, f"{part['before mean']:.3f}", f"{part['after mean']:.3f}",
+             f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", f"{part['before greedy']:.3f}", f"{part['after greedy']:.3f}",
+             f"{minutes:.1f}")  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def table(runs: dict[str, Any]) -> str:
+    """Runs by environments."""
+    lines = [f"| {' | '.join(TITLES)} |", "|" + " --- |" * len(TITLES)]
+    for label, run in runs.items():
+        lines += [row(label, name, part, run["minutes"]) for name, part in run["environments"].items()]
+    return "\n".join(lines)
+
+
+def levels(run: dict[str, Any]) -> str:
+    """The gains by level, a line an environment."""
+    found = ((name, part["gain by level"]) for name, part in run["environments"].items())
+    return "\n".join(
+        f"- {name}: " + ", ".join(f"level {n} {gain:+.3f}" for n, gain in gains.items()) for name, gains in found
+    )
+
+
+def learning(results: dict[str, Any]) -> str:
+    """The page."""
+    first, machine = results["1"]["figures"], results["1"]["machine"]
+    runs, control = first["runs"], first["control"]
+    shown = {**runs, **{f"float32, {k}": run for k, run in first["float32"].items()}, "control": control}
+    zero = runs["seed 0"]
+    parts = [
+        HEAD.format(toolless=first["search without tools"], **machine),
+        table(shown),
+        f"\nThe mean gain in float32 is {first['float32 minus NVFP4']:+.3f} above that with NVFP4 weights.",
+        f"\n## By level (seed 0)\n\n{levels(zero)}",
+        CONTROL.format(sft=control["mean gain"], sft_greedy=control["mean greedy gain"], rl=zero["mean gain"],
+                       rl_greedy=zero["mean greedy gain"]),
+    ]  # fmt: skip
+    if "2" in results:
+        second = results["2"]["figures"]
+        found = second["real minus permuted"].items()
+        apart = ", ".join(f"{name} {mean:+.3f} [{low:+.3f}, {high:+.3f}]" for name, (mean, low, high) in found)
+        parts.append(PERMUTED.format(gain=second["permuted"]["mean gain"], apart=apart))
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    results = json.loads((RESULTS / "main.json").read_text())
+    (ROOT / "docs" / "learning.md").write_text(learning(results))
+    shutil.copy(quickstart(0) / "curves.png", ROOT / "docs" / "curves.png")
