@@ -13,16 +13,16 @@ from palaestra.model.config import ModelConfig
 from palaestra.model.layers import Linear, RMSNorm
 
 
-def step(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One token of the recurrence: state = exp(dt A) state + dt x B; y = state C.
+def step(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor) -> Tensor:
+    """One token of the recurrence: state = exp(dt A) state + dt x B, in place; y = state C.
 
     x float[B, H, P]; dt float[B, H]; a float[H] (negative); b, c float[B, G, N]; state float[B, H, P, N].
-    Returns y float[B, H, P] and the new state.
+    Returns y float[B, H, P].
     """
-    heads = x.shape[1] // b.shape[1]
-    b, c = b.repeat_interleave(heads, 1), c.repeat_interleave(heads, 1)
-    state = state * torch.exp(dt * a)[..., None, None] + (dt[..., None] * x)[..., None] * b[:, :, None]
-    return (state @ c[..., None]).squeeze(-1), state
+    state.mul_(torch.exp(dt * a)[..., None, None])
+    grouped = state.unflatten(1, (b.shape[1], -1)).flatten(2, 3)
+    grouped.addcmul_((dt[..., None] * x).view(grouped.shape[:-1])[..., None], b[:, :, None])
+    return (grouped @ c[..., None]).view_as(x)
 
 
 def scan(
@@ -125,9 +125,7 @@ class Mamba(nn.Module):
     def _recur(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: State | None) -> Tensor:
         a = -torch.exp(self.A_log)
         if state is not None and x.shape[1] == 1:
-            y, last = step(x[:, 0], dt[:, 0], a, b[:, 0], c[:, 0], state[1])
-            state[1].copy_(last)
-            return y[:, None]
+            return step(x[:, 0], dt[:, 0], a, b[:, 0], c[:, 0], state[1])[:, None]
         first = state[1] if state is not None else x.new_zeros(*x.shape[:1], *x.shape[2:], b.shape[-1])
         y, last = scan(x, dt, a, b, c, first, self.config.chunk_size)
         if state is not None:
