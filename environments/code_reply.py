@@ -35,6 +35,8 @@ COMMON = """
     unittest uuid zlib
     """.split()  # noqa: SIM905 (a word list reads better as text)
 
+TYPES = {kind.__name__: kind for kind in (bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict)}
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -42,7 +44,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def encode(value: Any) -> Any:
-    """Plain data as JSON values. Raises TypeError for anything else."""
+    """Plain data, or one of its types, as JSON values. Raises TypeError for anything else."""
     if value is None or isinstance(value, bool | str):
         return value if value is None or isinstance(value, bool) else str(value)
     if isinstance(value, int):
@@ -58,6 +60,8 @@ def encode(value: Any) -> Any:
             return {tag: [encode(item) for item in value]}
     if isinstance(value, dict):
         return {"d": [[encode(key), encode(item)] for key, item in value.items()]}
+    if any(value is kind for kind in TYPES.values()):
+        return {"y": value.__name__}
     raise TypeError(f"{type(value).__name__} is no plain data")
 
 
@@ -73,7 +77,8 @@ def decode(value: Any) -> Any:
         return kinds[tag](decode(item) for item in content)
     if tag == "c":
         return complex(float.fromhex(content[0]), float.fromhex(content[1]))
-    return {"i": lambda text: int(text, 16), "f": float.fromhex, "b": bytes.fromhex}[tag](content)
+    readers = {"i": lambda text: int(text, 16), "f": float.fromhex, "b": bytes.fromhex, "y": TYPES.__getitem__}
+    return readers[tag](content)
 
 
 def send(channel: socket.socket, message: Any) -> None:

@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
-PLAIN = re.compile(r"\$?\s*([-+]?\d[\d,]{0,40}(?:\.\d{1,40})?)\s*\.?\s*\$?")
+PLAIN = re.compile(r"\$?\s*([-+]?(?:\d{1,3}(?:,\d{3}){1,13}|\d{1,40})(?:\.\d{1,40})?)\s*\.?\s*\$?")
+CURRENCY = re.compile(r"(?<!\\)\\\$")
+GROUPED = re.compile(r"(?<=\d),\s*\\!\s*(?=\d{3}(?!\d))")
+BASE = re.compile(r"-?[\dA-F.,]+_\{?(\d+)\}?")
 ALTERNATIVES = re.compile(r"\s+or\s+|\s+maybe\s+|\s+perhaps\s+|;", re.IGNORECASE)
 
 
@@ -82,7 +85,14 @@ def _parsed(text: str) -> Sequence[object]:
 def _equal(gold: str, given: str) -> bool:
     from math_verify import verify
 
+    gold, given = _bare(gold), _bare(given)
     left, right = plain(gold), plain(given)
     if left is not None and right is not None:
         return left == right
-    return bool(verify(_parsed(gold), _parsed(given), timeout_seconds=5))
+    bases = {match[1] for match in map(BASE.fullmatch, (gold, given)) if match}
+    return len(bases) < 2 and bool(verify(_parsed(gold), _parsed(given), timeout_seconds=5))
+
+
+def _bare(text: str) -> str:
+    r"""Without what math-verify stumbles over: a currency's \$, and 1,\!000 for 1000."""
+    return GROUPED.sub("", CURRENCY.sub("", text)).strip()

@@ -117,7 +117,9 @@ def env_play(
 @environments.command("score")
 def env_score(
     ref: Ref,
-    input: Annotated[Path, typer.Option(help="JSONL or Parquet: data fields, key, prompt, and reply or messages")],
+    input: Annotated[
+        Path, typer.Option(help="JSONL or Parquet: data fields (docs/verifiers.md), key, prompt, and reply or messages")
+    ],
     output: Annotated[Path, typer.Option(help="JSONL: key, reward, rewards, outcome")],
     overrides: Overrides = None,
     role: Annotated[list[str] | None, typer.Option(help="ROLE=POLICY, for each further role")] = None,

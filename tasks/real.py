@@ -81,11 +81,15 @@ def called(row: Row) -> str:
 def _own_classes(row: Row) -> bool:
     """Whether the tests build objects of the reply's own classes, which cannot cross a process."""
     classes = re.findall(r"^class\s+(\w+)", row["code"], re.MULTILINE)
-    return any(re.search(rf"\b{name}\b", test) for name in classes for test in row["test_list"])
+    return any(re.search(rf"\b{name}\b", _mbpp_tests(row)) for name in classes)
 
 
 def _mbpp_tests(row: Row) -> str:
-    return "\n".join([row["test_setup_code"], *row["test_list"]])
+    """The tests, after the imports that they take from the reference."""
+    lines = [row["test_setup_code"], *row["test_list"]]
+    modules = re.findall(r"^import\s+(\w+)\s*$", row["code"], re.MULTILINE)
+    needed = [f"import {name}" for name in modules if re.search(rf"\b{name}\.", "\n".join(row["test_list"]))]
+    return "\n".join([*needed, *lines])
 
 
 @functools.lru_cache(maxsize=1)
