@@ -27,11 +27,23 @@ def blocks(language: str) -> list[tuple[str, str]]:
 COMMANDS = [(page, line) for page, block in blocks("console") for line in block.splitlines() if line.strip()]
 
 
+def run(page, line, folder, seconds):
+    program, *arguments = shlex.split(line)
+    done = subprocess.run([BIN / program, *arguments], cwd=folder, capture_output=True, text=True, timeout=seconds)
+    assert done.returncode == 0, f"{page}: {line}\n{done.stdout}\n{done.stderr}"
+
+
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
 def test_a_documented_command_works(page, line, tmp_path):
-    program, *arguments = shlex.split(line)
-    done = subprocess.run([BIN / program, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=110)
-    assert done.returncode == 0, f"{page}: {line}\n{done.stdout}\n{done.stderr}"
+    run(page, line, tmp_path, 110)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("page", "block"), blocks("console slow"))
+def test_a_documented_block_that_takes_long_works(page, block, tmp_path):
+    for line in block.splitlines():
+        run(page, line, tmp_path, 1000)
 
 
 def test_the_readmes_environment_passes_its_check(tmp_path):
