@@ -28,6 +28,7 @@ warmstart: install
 	$(BIN)/palaestra train warmstart $(ARGS)
 	$(BIN)/palaestra model convert runs/warmstart/model --output trainer/assets/warmstart
 	cp runs/warmstart/recipe.json runs/warmstart/summary.json trainer/assets/warmstart/
+	cd trainer/assets/warmstart && sha256sum model.safetensors > sha256
 
 test: install
 	$(BIN)/pytest $(ARGS)
