@@ -99,7 +99,7 @@ def write(folder: Path, summaries: Sequence[Summary], rows: Sequence[Row]) -> No
 
 def _parquet(rows: Sequence[Row]) -> bytes:
     """A column for each field; what has no fixed shape is JSON text."""
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
     from pyarrow import parquet
 
     nested = ("rewards", "metrics", "messages", "made_with")

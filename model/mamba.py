@@ -22,7 +22,8 @@ def step(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor) 
     state.mul_(torch.exp(dt * a)[..., None, None])
     grouped = state.unflatten(1, (b.shape[1], -1)).flatten(2, 3)
     grouped.addcmul_((dt[..., None] * x).view(grouped.shape[:-1])[..., None], b[:, :, None])
-    return (grouped @ c[..., None]).view_as(x)
+    y: Tensor = (grouped @ c[..., None]).view_as(x)
+    return y
 
 
 def scan(

@@ -183,7 +183,8 @@ class Sft:
             shown = await source.batch(DRILL_SOURCES)
         finally:
             await source.close()
-        return {int(number) for sample in shown.sequences for number in sample.ids} - run.stack.renderer.tag_ids
+        tags: frozenset[int] = run.stack.renderer.tag_ids
+        return {int(number) for sample in shown.sequences for number in sample.ids} - tags
 
     def _drilled(self, step: int) -> Sequence[Sample]:
         return [] if self._drills is None else self._drills.batch(self._stage.drills, step)
