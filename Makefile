@@ -34,10 +34,10 @@ test: install
 	$(BIN)/pytest $(ARGS)
 
 bars: install
-	$(BIN)/python -P benchmarks/bars.py GROUP=$(GROUP) $(if $(BAR),BAR=$(BAR)) $(ARGS)
+	$(BIN)/python benchmarks/bars.py GROUP=$(GROUP) $(if $(BAR),BAR=$(BAR)) $(ARGS)
 
 pages: install
-	$(BIN)/python -P benchmarks/pages.py
+	$(BIN)/python benchmarks/pages.py
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

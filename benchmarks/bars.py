@@ -7,7 +7,7 @@ commit is skipped, so that an interrupted run goes on where it stopped.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import platform
@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,19 +65,8 @@ def load(group: str) -> list[Bar]:
     if not file.exists():
         names = ", ".join(sorted(found.stem.removeprefix("bars_") for found in file.parent.glob("bars_*.py")))
         sys.exit(f"there is no group {group!r} of bars; the groups are: {names}")
-    module = _import(f"bars_{group}", file)
-    found: tuple[Bar, ...] = module.BARS
+    found: tuple[Bar, ...] = importlib.import_module(f"bars_{group}").BARS
     return sorted(found, key=lambda known: known.number)
-
-
-def _import(name: str, file: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{file} is no Python module")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def measure(found: Bar) -> dict[str, Any]:
