@@ -90,11 +90,15 @@ class EnvironmentSpec:
         return hashlib.sha256(f"{self.sha256} {settings}".encode()).hexdigest()
 
     def tasks(self, split: str, seed: int) -> Iterator[Task]:
-        """The tasks of a split, each with its environment's name filled in. Raises UsageError where there are none."""
+        """The tasks of a split, each with its environment's name filled in. Raises UsageError where there are none, or
+        what they are made of is missing or damaged."""
         found = False
-        for task in self.environment().iter_tasks(self.settings(), split, seed):
-            found = True
-            yield task.model_copy(update={"environment": self.alias})
+        try:
+            for task in self.environment().iter_tasks(self.settings(), split, seed):
+                found = True
+                yield task.model_copy(update={"environment": self.alias})
+        except (OSError, ValueError, KeyError) as error:
+            raise UsageError(f"environment {self.alias}, tasks of split {split!r}: {one_line(error)}") from error
         if not found:
             raise UsageError(f"environment {self.alias}: no tasks in split {split!r}; try train or held-out")
 

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import random
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -70,7 +71,8 @@ class Rows:
 def read_rows(source: Any) -> Iterator[dict[str, Any]]:
     """The rows of a JSONL (optionally .gz) or Parquet file, of a Hugging Face data set, or of any iterable of mappings.
 
-    Raises FileNotFoundError naming the path, ValueError naming file and line of a row that is no JSON object.
+    Raises FileNotFoundError naming the path, ValueError naming a damaged file, or file and line of a row that is not a
+    JSON object.
     """
     if not isinstance(source, str | Path):
         yield from (dict(row) for row in source)
@@ -78,20 +80,23 @@ def read_rows(source: Any) -> Iterator[dict[str, Any]]:
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"there is no data file {path}; give the path of a JSONL or Parquet file")
-    if path.suffix == ".parquet":
-        from datasets import Dataset
+    yield from _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
 
-        yield from (dict(row) for row in Dataset.from_parquet(str(path)))
-        return
-    yield from _read_jsonl(path)
+
+def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches():
+                yield from batch.to_pylist()
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
 
 
 def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    unpack = gzip.open if path.suffix == ".gz" else open
-    with unpack(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
             try:
                 row = json.loads(line)
             except ValueError as error:
@@ -99,6 +104,19 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: a row must be a JSON object, not {type(row).__name__}")
             yield row
+
+
+def _lines(path: Path) -> Iterator[str]:
+    unpack = gzip.open if path.suffix == ".gz" else open
+    try:
+        with unpack(path, "rt", encoding="utf-8") as lines:
+            yield from lines
+    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is damaged ({error}); give a whole file")
 
 
 def rows(

@@ -22,10 +22,13 @@ from palaestra.gym.registry import EnvironmentSpec
 from palaestra.gym.types import Episode, Generation, Sampling
 from palaestra.rollout.engine import Engine
 from palaestra.rollout.policy import TokenPolicy
+from palaestra.rollout.pool import PoolError
 from palaestra.rollout.worker import Work, Worker
 
 RESTART_SECONDS = 120.0
 REQUEST_SECONDS = 600.0
+DELIVERIES = 3
+"""How often weights are handed to a policy actor that dies while it takes them."""
 
 
 class Lost(NamedTuple):
@@ -59,7 +62,7 @@ class PolicyActor:
         self._version = version
 
     async def ready(self) -> bool:
-        return True
+        return self._version is not None
 
 
 class EnvironmentActor:
@@ -137,12 +140,18 @@ class Cluster:
     ) -> None:
         self.policy = _remote(PolicyActor, cpus[0]).remote(build)
         kind = _remote(EnvironmentActor, cpus[1])
-        self.environments = [kind.remote(dict(specs), self.policy, renderer, bounds) for _ in range(actors)]
+        self._renderer = ray.put(renderer)  # held here: an actor is started again with what its first start was given
+        self.environments = [kind.remote(dict(specs), self.policy, self._renderer, bounds) for _ in range(actors)]
         self._seconds = (bounds.limits.seconds or 0.0) + REQUEST_SECONDS
         self._turn = 0
+        self._delivering = asyncio.Lock()
+        self._latest: tuple[Any, int] | None = None
 
     async def play(self, work: Work) -> Episode:
-        """Play on the next actor. Raises Failure(ENVIRONMENT) when it died, once it is back."""
+        """Play on the next actor. Raises Failure(ENVIRONMENT) when it died, once it is back.
+
+        An episode that lost its policy actor comes back once that has its weights again.
+        """
         self._turn += 1
         actor = self.environments[self._turn % len(self.environments)]
         what = f"the environment actor that played {work.task.environment}"
@@ -153,14 +162,32 @@ class Cluster:
                 await _until_ready(actor, what)
             raise
         assert isinstance(answer, Episode)
+        if answer.outcome.cause is Cause.MODEL_SERVER:
+            await self._restore()
         return answer
 
     async def deliver(self, weights: Mapping[str, Any], version: int) -> None:
         """Hand weights to the policy actor; one that is being started again is waited for."""
-        await _until_ready(self.policy, "the policy actor")
-        source = ray.put(safetensors.torch.save(dict(weights)))
+        async with self._delivering:
+            self._latest = ray.put(safetensors.torch.save(dict(weights))), version
+            await self._hand_over(*self._latest)
+
+    async def _restore(self) -> None:
+        """Give a policy actor that was started anew the latest weights, once for all the episodes that noticed."""
+        async with self._delivering:
+            if self._latest is not None and not await _until_ready(self.policy, "the policy actor"):
+                await self._hand_over(*self._latest)
+
+    async def _hand_over(self, source: Any, version: int) -> None:
         what = "the policy actor, which was given weights,"
-        await _answer(self.policy.deliver.remote(source, version), REQUEST_SECONDS, Cause.MODEL_SERVER, what)
+        for left in reversed(range(DELIVERIES)):
+            await _until_ready(self.policy, "the policy actor")
+            try:
+                await _answer(self.policy.deliver.remote(source, version), REQUEST_SECONDS, Cause.MODEL_SERVER, what)
+                return
+            except Failure as failure:
+                if not left or not isinstance(failure.__cause__, RayActorError):
+                    raise PoolError(failure.detail) from failure
 
     async def close(self) -> None:
         """Close the environments and end the actors."""
@@ -194,13 +221,13 @@ async def _answer(request: Any, seconds: float, cause: Cause, who: str) -> Any:
     return answer
 
 
-async def _until_ready(actor: Any, who: str) -> None:
-    """Wait until an actor answers. Raises Failure(MODEL_SERVER) after RESTART_SECONDS."""
+async def _until_ready(actor: Any, who: str) -> bool:
+    """Wait until an actor answers; the answer says whether it has all that it needs. Raises PoolError after
+    RESTART_SECONDS: nothing can go on."""
     deadline = time.monotonic() + RESTART_SECONDS
     while time.monotonic() < deadline:
         try:
-            await _answer(actor.ready.remote(), deadline - time.monotonic(), Cause.MODEL_SERVER, who)
-            return
+            return bool(await _answer(actor.ready.remote(), deadline - time.monotonic(), Cause.MODEL_SERVER, who))
         except Failure:
             await asyncio.sleep(0.2)
-    raise Failure(Cause.MODEL_SERVER, f"{who} did not start within {RESTART_SECONDS:g} s; has the cluster room for it?")
+    raise PoolError(f"{who} did not start within {RESTART_SECONDS:g} s; has the cluster room for it?")

@@ -144,6 +144,16 @@ def work(draw: Draw, round_number: int, task: Task, sample: int, attempt: int) -
     )
 
 
+async def played(player: Player, work: Work) -> Episode:
+    """Play one attempt; where its player died, an episode without a score that says so."""
+    try:
+        return await player.play(work)
+    except Failure as failure:
+        lost = Unscored(cause=failure.cause, detail=failure.detail)
+        outcome = Outcome(cause=failure.cause, detail=failure.detail)
+        return Episode(work.id, work.task, result=lost, outcome=outcome, provenance=work.provenance)
+
+
 class Pool:
     """Collects groups. `weights` says how much of each environment; `player` plays one episode at a time, many at once.
 
@@ -166,9 +176,6 @@ class Pool:
         self.retried: Counter[str] = Counter()
         self.version = 0
         self._deliver = deliver
-        self._latest: tuple[Any, int] | None = None
-        self._revivals = 0
-        self._reviving = asyncio.Lock()
         self._player = player
         self._draw = draw
         self._lockstep = lockstep
@@ -196,7 +203,6 @@ class Pool:
         """Hand new weights to the engines; the policy then is at `version`, and later rounds may start."""
         if self._deliver is not None:
             await self._deliver(weights, version)
-        self._latest = (weights, version)
         self.version = version
         if not self._lockstep:
             self._admit(self._next - 1)
@@ -247,33 +253,15 @@ class Pool:
         task = round.tasks[index]
         attempt = 0
         while True:
-            revivals = self._revivals
-            episode = await self._attempt(work(self._draw, round.number, task, sample, attempt))
+            episode = await played(self._player, work(self._draw, round.number, task, sample, attempt))
             cause = episode.outcome.cause
             if attempt >= RULES[cause].retries:
                 break
             attempt += 1
             self.retried[cause.value] += 1
-            if cause is Cause.MODEL_SERVER:
-                await self._revive(revivals)
         self.outcomes[task.environment, cause.value] += 1
         round.done[index, sample] = episode
         del round.running[index, sample]
-
-    async def _revive(self, seen: int) -> None:
-        """Hand the latest weights to engines that were lost, once for all the episodes that noticed."""
-        async with self._reviving:
-            if self._revivals == seen and self._latest is not None and self._deliver is not None:
-                await self._deliver(*self._latest)
-                self._revivals += 1
-
-    async def _attempt(self, work: Work) -> Episode:
-        try:
-            return await self._player.play(work)
-        except Failure as failure:
-            lost = Unscored(cause=failure.cause, detail=failure.detail)
-            outcome = Outcome(cause=failure.cause, detail=failure.detail)
-            return Episode(work.id, work.task, result=lost, outcome=outcome, provenance=work.provenance)
 
     async def _finish(self, round: _Round) -> None:
         if not round.running:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from loopback import Server, in_turn
 
 from palaestra.gym.agent import Loop
 from palaestra.gym.environment import Environment, reward, tool
@@ -48,41 +46,9 @@ def call(name: str, arguments: str) -> dict:
     return body
 
 
-class Server:
-    """Answers each request with the next of (status, headers, body) and keeps the requests."""
-
-    def __init__(self, answers) -> None:
-        self.requests: list[dict] = []
-        self.headers: list[dict] = []
-        outer, left = self, list(answers)
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                outer.requests.append(json.loads(body))
-                outer.headers.append(dict(self.headers))
-                status, headers, answer = left.pop(0) if len(left) > 1 else left[0]
-                payload = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(payload)))
-                self.end_headers()
-                self.wfile.write(payload)
-
-            def log_message(self, *_):
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._server.shutdown()
-        self._server.server_close()
+def serve(*replies) -> Server:
+    """An endpoint that gives these replies in turn."""
+    return Server(in_turn(replies))
 
 
 def ok(body) -> tuple:
@@ -104,7 +70,7 @@ async def ask(policy, sampling=None):
 
 
 async def test_a_tool_episode_over_http_sends_the_history_back_untouched():
-    with Server([ok(call("add", '{"a": 2, "b": 3}')), ok(say("5"))]) as server:
+    with serve(ok(call("add", '{"a": 2, "b": 3}')), ok(say("5"))) as server:
         episode = await play(OpenAI("m", server.url))
     assert episode.result == Scored(value=1.0)
     first, second = server.requests
@@ -123,7 +89,7 @@ async def test_a_tool_episode_over_http_sends_the_history_back_untouched():
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 async def test_a_busy_server_is_asked_again(status):
-    with Server([(status, {"Retry-After": "0"}, b"busy"), ok(say("5"))]) as server:
+    with serve((status, {"Retry-After": "0"}, b"busy"), ok(say("5"))) as server:
         completion = await ask(OpenAI("m", server.url, pause=60))
     assert completion.message.content == "5"
     assert len(server.requests) == 2
@@ -133,14 +99,14 @@ async def test_a_busy_server_is_asked_again(status):
     "body", [b"<html>", b"[]", b'{"choices": []}', b'{"choices": [{"message": {"content": 5}}]}', b"\xff"]
 )
 async def test_a_malformed_body_is_retried_and_then_a_model_server_failure(body):
-    with Server([ok(body)]) as server, pytest.raises(Failure, match="malformed body") as caught:
+    with serve(ok(body)) as server, pytest.raises(Failure, match="malformed body") as caught:
         await ask(OpenAI("m", server.url, pause=0))
     assert caught.value.cause is Cause.MODEL_SERVER
     assert len(server.requests) == ATTEMPTS
 
 
 async def test_an_episode_whose_server_is_down_is_unscored():
-    with Server([ok(say(""))]) as server:
+    with serve(ok(say(""))) as server:
         url = server.url
     episode = await play(OpenAI("m", url, pause=0))
     assert episode.outcome.cause is Cause.MODEL_SERVER
@@ -157,7 +123,7 @@ async def test_an_episode_whose_server_is_down_is_unscored():
     ],
 )
 async def test_a_refusal_is_not_retried(status, text, cause):
-    with Server([(status, {}, {"error": {"message": text}})]) as server, pytest.raises(Failure) as caught:
+    with serve((status, {}, {"error": {"message": text}})) as server, pytest.raises(Failure) as caught:
         await ask(OpenAI("m", server.url))
     assert caught.value.cause is cause
     assert text in caught.value.detail
@@ -169,7 +135,7 @@ async def test_the_key_comes_from_the_environment_and_a_cut_reply_is_marked(monk
     body = say("long")
     body["choices"][0]["finish_reason"] = "length"
     schema = {"type": "object"}
-    with Server([ok(body)]) as server:
+    with serve(ok(body)) as server:
         completion = await ask(OpenAI("m", server.url), Sampling(json_schema=schema, seed=4, top_p=0.9))
     assert server.headers[0]["Authorization"] == "Bearer secret"
     assert completion.finish_reason == "length"
@@ -178,7 +144,7 @@ async def test_the_key_comes_from_the_environment_and_a_cut_reply_is_marked(monk
 
 
 async def test_a_lone_surrogate_in_a_reply_can_be_written():
-    with Server([ok(b'{"choices": [{"message": {"content": "a\\ud800b"}}]}')]) as server:
+    with serve(ok(b'{"choices": [{"message": {"content": "a\\ud800b"}}]}')) as server:
         completion = await ask(OpenAI("m", server.url))
     assert completion.message.content == "a?b"
 
@@ -244,7 +210,7 @@ def test_a_wrong_reference_is_one_clear_line(make, text):
 
 
 def test_a_connection_serves_many_event_loops_in_turn():
-    with Server([ok(say("5"))]) as server:
+    with serve(ok(say("5"))) as server:
         policy = OpenAI("m", server.url)
         for _ in range(2):
             assert asyncio.run(ask(policy)).message.content == "5"

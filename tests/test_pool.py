@@ -46,7 +46,7 @@ class Scripted:
         return Episode(work.id, work.task, result=Scored(value=1.0), provenance=work.provenance)
 
 
-def make(player=None, specs=None, weights=None, lockstep=False, deliver=None, **config):
+def make(player=None, specs=None, weights=None, lockstep=False, **config):
     specs = specs or {"a": Spec("a"), "b": Spec("b")}
     config = PoolConfig(**{"groups": 4, "group_size": 2, "staleness": 1, **config})
     pool = Pool(
@@ -56,7 +56,6 @@ def make(player=None, specs=None, weights=None, lockstep=False, deliver=None, **
         config,
         Draw(3),
         lockstep=lockstep,
-        deliver=deliver,
     )
     pool._player.pool = pool
     return pool
@@ -119,20 +118,6 @@ async def test_infrastructure_failures_are_retried_twice_then_unscored_and_count
     assert pool.retried == {"tools": 4, "sandbox": 4}
     lost = [e for group in groups for e in group.episodes if isinstance(e.result, Unscored)]
     assert [e.outcome.cause for e in lost] == [Cause.TOOLS] * 2
-
-
-async def test_a_lost_model_server_gets_the_latest_weights_once_before_the_retries():
-    delivered = []
-
-    async def deliver(weights, version):
-        delivered.append((weights, version))
-
-    fail = lambda w: Failure(Cause.MODEL_SERVER, "gone") if len(delivered) < 2 else None  # noqa: E731
-    pool = make(Scripted(fail), staleness=0, deliver=deliver)
-    await pool.publish("weights", 0)
-    groups = await pool.collect(0)
-    assert delivered == [("weights", 0)] * 2
-    assert all(isinstance(e.result, Scored) for group in groups for e in group.episodes)
 
 
 async def test_a_run_that_loses_most_of_its_episodes_stops():

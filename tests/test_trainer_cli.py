@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from palaestra.gym.outcome import Cause, Failure
 from palaestra.gym.registry import UsageError
-from palaestra.gym.types import Completion, Episode, Group, Message, Scored, Task, Turn, Unscored
+from palaestra.gym.types import Completion, Episode, Group, Message, Outcome, Scored, Task, Turn, Unscored
 from palaestra.model.presets import PRESETS
+from palaestra.rollout.pool import PoolError
 from palaestra.trainer import evaluation, metrics, report
 from palaestra.trainer.cli import train
+from palaestra.trainer.recipe import load
 
 spec = importlib.util.spec_from_file_location("toy_run", Path(__file__).with_name("test_trainer_run.py"))
 toy = importlib.util.module_from_spec(spec)
@@ -85,6 +90,34 @@ def test_gains_are_paired_by_task_and_the_unscored_are_left_out():
     assert evaluation.paired({}, after)["tasks"] == 0
 
 
+class Lossy:
+    """A player that loses each episode's first `lost` attempts, in one way or the other."""
+
+    def __init__(self, lost):
+        self.lost, self.works = lost, []
+
+    async def play(self, work):
+        self.works.append(work)
+        if work.provenance["attempt"] < self.lost:
+            if work.provenance["task"] == "0":
+                raise Failure(Cause.ENVIRONMENT, "the actor died")
+            outcome = Outcome(cause=Cause.MODEL_SERVER, detail="the server died")
+            return replace(episode(work.task, None), outcome=outcome)
+        return episode(work.task, 1.0)
+
+
+def test_an_evaluation_plays_what_was_lost_again_and_stops_where_too_much_is(command, tmp_path):
+    recipe = load(str(tmp_path / "toy.toml"))
+    tasks = {"toy": [Task(key=str(number), prompt="p", environment="toy") for number in range(4)]}
+    player = Lossy(2)
+    scores, sampled = asyncio.run(evaluation.evaluate(player, tasks, recipe))
+    assert scores["toy"] == {mode: dict.fromkeys("0123", 1.0) for mode in ("mean", "greedy")}
+    assert len(sampled) == 4
+    assert len(player.works) == 2 * 4 * 3
+    with pytest.raises(PoolError, match="4 of 4 episodes of the evaluation have no score; the first: the actor died"):
+        asyncio.run(evaluation.evaluate(Lossy(3), tasks, recipe))
+
+
 def test_a_steps_description_counts_what_happened():
     task = Task(key="k", prompt="p", environment="a")
     group = Group(task, 4, [episode(task, 1.0), episode(task, 0.0), episode(task, None)])
@@ -106,6 +139,19 @@ def test_a_resumed_log_drops_rows_past_the_checkpoint_and_a_half_written_one(tmp
     log.close()
     rows = metrics.read(tmp_path / "metrics.jsonl")
     assert [(row["step"], row["loss"]) for row in rows] == [(0, 1.0), (1, None), (2, 5.0)]
+
+
+def test_tensorboard_reads_what_is_written_and_a_resumed_run_goes_on_in_it(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, steps in ((0, 3), (2, 4)):
+        log = metrics.Log(tmp_path, "rl", first)
+        for step in range(first, steps):
+            log.write(step, {"loss": 10.0 * first + step, "nothing": float("nan")})
+        log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "rl")).Reload()
+    assert events.Tags()["scalars"] == ["loss"]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 0), (1, 1), (2, 22), (3, 23)]
 
 
 def test_the_report_escapes_what_a_model_wrote(tmp_path):

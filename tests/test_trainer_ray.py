@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
 import ray
+import torch
 
+from palaestra.gym.episode import Bounds
 from palaestra.gym.types import Scored
 from palaestra.model.presets import PRESETS
+from palaestra.rollout.actors import Cluster
 from palaestra.trainer.assembly import assemble
 from palaestra.trainer.loop import Rlvr, Run, prepare
 from palaestra.trainer.recipe import load
@@ -58,3 +62,29 @@ def test_a_cluster_of_one_cpu_trains_and_survives_the_death_of_its_actors(recipe
     assert [row["episodes"] for row in found] == [16, 16, 16]
     assert all(row["logprob_gap"] < 1e-5 for row in found if row.get("staleness/0") == 1)
     assert retried.get("model-server", 0) + retried.get("environment", 0) > 0
+
+
+def test_an_engine_that_dies_while_it_takes_weights_is_given_them_again(tmp_path):
+    died = tmp_path / "died"
+
+    class Fragile:
+        async def prepare(self, weights, version):
+            if not died.exists():
+                died.touch()
+                os._exit(1)
+            self.sum = sum(float(tensor.sum()) for _, tensor in weights)
+
+        async def commit(self, version):
+            assert (self.sum, version) == (2.0, 3)
+
+    async def run():
+        cluster = Cluster({}, Fragile, None, Bounds())
+        try:
+            assert not await cluster.policy.ready.remote()
+            await cluster.deliver({"w": torch.ones(2)}, 3)
+            return await cluster.policy.ready.remote()
+        finally:
+            await cluster.close()
+
+    assert asyncio.run(run())
+    assert died.exists()

@@ -374,3 +374,13 @@ def test_a_finished_run_is_never_overwritten_and_an_unfinished_one_needs_resume(
         folder_of(make("seed=5"), tmp_path, True)
     (folder / "summary.json").write_text("{}")
     assert folder_of(recipe, tmp_path, False).name == "toy-2"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_that_is_no_run_is_left_alone(make, tmp_path, resume):
+    mine = tmp_path / "toy" / "mine.txt"
+    mine.parent.mkdir()
+    mine.touch()
+    with pytest.raises(UsageError, match="toy is no run"):
+        folder_of(make(), tmp_path, resume)
+    assert mine.exists()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +13,12 @@ import typer
 from palaestra.gym.registry import UsageError
 
 if TYPE_CHECKING:
+    from palaestra.gym.registry import EnvironmentSpec
     from palaestra.trainer.recipe import Recipe
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+HEAD = ("versions.json", ".versions.json.partial", ".recipe.json.partial")
+"""What a run that could not begin may leave behind."""
 
 
 def train(
@@ -27,7 +32,10 @@ def train(
     from palaestra.trainer.recipe import load
 
     resolved = load(recipe, overrides or [])
-    specs = resolved.specs()
+    try:
+        specs = checked_specs(resolved)
+    except UsageError as error:
+        raise UsageError(f"{recipe}: {error}") from error
     if dry_run:
         typer.echo(resolved.model_dump_json(indent=1))
         return
@@ -35,10 +43,23 @@ def train(
     _show(summary)
 
 
+def checked_specs(recipe: Recipe) -> dict[str, EnvironmentSpec]:
+    """The recipe's environments, each of which has tasks. Raises UsageError, before anything is written."""
+    from palaestra.rollout.pool import Tasks
+
+    specs = recipe.specs()
+    for spec in specs.values():
+        Tasks(spec, recipe.seed).take(1)
+        if recipe.evaluation.tasks:
+            next(spec.tasks("held-out", recipe.evaluation.seed))
+    return specs
+
+
 def folder_of(recipe: Recipe, runs: Path, resume: bool) -> Path:
     """The run's folder: `runs/NAME`; a finished run is never overwritten (NAME-2).
 
-    Raises UsageError for an unfinished one without `resume`, and for a resumed one whose recipe has changed.
+    Raises UsageError for an unfinished one without `resume`, for a resumed one whose recipe has changed or is damaged,
+    and for a folder that holds something else.
     """
     number = 1
     while (
@@ -49,12 +70,19 @@ def folder_of(recipe: Recipe, runs: Path, resume: bool) -> Path:
     if written.exists():
         if not resume:
             raise UsageError(f"{folder} holds an unfinished run; give --resume to go on, or delete it")
-        if json.loads(written.read_text()) != json.loads(recipe.model_dump_json()):
+        if _read(written) != json.loads(recipe.model_dump_json()):
             raise UsageError(f"{written} differs from the recipe given; resume with the same recipe and overrides")
         return folder
-    if folder.exists():
-        shutil.rmtree(folder)
+    if folder.exists() and any(path.name not in HEAD for path in folder.iterdir()):
+        raise UsageError(f"{folder} is no run (it has no recipe.json); move it away, or choose another name=...")
     return folder
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); delete {path.parent} to start the run anew") from None
 
 
 async def _run(recipe: Recipe, specs: dict[str, Any], folder: Path, resume: bool) -> dict[str, Any]:
@@ -68,6 +96,10 @@ async def _run(recipe: Recipe, specs: dict[str, Any], folder: Path, resume: bool
     try:
         with Screen() as screen:
             return await train(Run(recipe, folder, stack, specs, screen.show))
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise cannot_write(folder, error) from error
     finally:
         await stack.close()
 
@@ -81,7 +113,15 @@ def write_head(folder: Path, recipe: Recipe, versions: dict[str, str]) -> None:
             staged.write_text(text + "\n")
             staged.replace(folder / name)
     except OSError as error:
-        raise UsageError(f"cannot write the run folder {folder}: {error.strerror or error}; free space there") from None
+        raise cannot_write(folder, error) from None
+
+
+def cannot_write(folder: Path, error: OSError) -> UsageError:
+    """The one line that says so."""
+    return UsageError(
+        f"cannot write the run folder {folder}: {error.strerror or error}; free space there, then --resume, "
+        "or name another place (--runs)"
+    )
 
 
 def _show(summary: dict[str, Any]) -> None:

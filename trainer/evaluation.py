@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from itertools import islice
@@ -10,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from palaestra.gym.outcome import Failure
+from palaestra.gym.outcome import RULES
 from palaestra.gym.registry import EnvironmentSpec
 from palaestra.gym.types import Episode, Sampling, Scored, Task
-from palaestra.rollout.pool import Draw, work
+from palaestra.rollout.pool import Draw, PoolError, played, work
 from palaestra.rollout.worker import Player
 from palaestra.trainer.recipe import Recipe
 
@@ -31,7 +32,10 @@ def held_out(specs: Mapping[str, EnvironmentSpec], recipe: Recipe) -> dict[str, 
 
 
 async def evaluate(player: Player, tasks: Mapping[str, list[Task]], recipe: Recipe) -> tuple[Scores, list[Episode]]:
-    """Play every task once a mode. Before and after draw with the same seeds. Also returns the sampled episodes."""
+    """Play every task once a mode. Before and after draw with the same seeds. Also returns the sampled episodes.
+
+    Raises PoolError where more of them than `pool.lost_share` have no score.
+    """
     gate = asyncio.Semaphore(recipe.evaluation.concurrency)
     scores: Scores = {}
     sampled: list[Episode] = []
@@ -40,23 +44,32 @@ async def evaluate(player: Player, tasks: Mapping[str, list[Task]], recipe: Reci
         draw = Draw(recipe.seed, f"evaluation-{mode}", sampling)
         flat = [task for found in tasks.values() for task in found]
         episodes = await asyncio.gather(*(_play(player, gate, draw, task) for task in flat))
-        played = [episode for episode in episodes if episode is not None]
-        sampled += played if mode == "mean" else []
+        _judge_losses(episodes, recipe.pool.lost_share)
+        sampled += episodes if mode == "mean" else []
         for name in tasks:
             scores.setdefault(name, {})[mode] = {
                 episode.task.key: episode.result.value
-                for episode in played
+                for episode in episodes
                 if episode.task.environment == name and isinstance(episode.result, Scored)
             }
     return scores, sampled
 
 
-async def _play(player: Player, gate: asyncio.Semaphore, draw: Draw, task: Task) -> Episode | None:
+async def _play(player: Player, gate: asyncio.Semaphore, draw: Draw, task: Task) -> Episode:
+    """One episode, played again as often as its outcome's rule allows."""
     async with gate:
-        try:
-            return await player.play(work(draw, 0, task, 0, 0))
-        except Failure:
-            return None
+        for attempt in itertools.count():
+            episode = await played(player, work(draw, 0, task, 0, attempt))
+            if attempt >= RULES[episode.outcome.cause].retries:
+                return episode
+    raise AssertionError("unreachable")
+
+
+def _judge_losses(episodes: list[Episode], share: float) -> None:
+    lost = [episode for episode in episodes if not isinstance(episode.result, Scored)]
+    if len(lost) > share * len(episodes):
+        first = lost[0].outcome.detail
+        raise PoolError(f"{len(lost)} of {len(episodes)} episodes of the evaluation have no score; the first: {first}")
 
 
 def summary(before: Scores, after: Scores, tasks: Mapping[str, Iterable[Task]]) -> dict[str, Any]:

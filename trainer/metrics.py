@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,29 +56,56 @@ def is_time(name: str) -> bool:
     return name.endswith(TIMES)
 
 
+class Board:
+    """A TensorBoard file of scalars, written in the caller's thread: the usual writer's own thread prints a traceback
+    when the disk is full. What was written from step `first` on is no longer shown."""
+
+    def __init__(self, folder: Path, first: int) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"events.out.tfevents.{time.time_ns()}.{os.getpid()}"
+        self._records = RecordWriter(path.open("wb"))
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(step=first, file_version="brain.Event:2")
+        self._write(step=first, session_log=start)
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        """The scalars of a step."""
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._write(step=step, summary=self._summary(value=values))
+
+    def close(self) -> None:
+        """Close the file. What a full disk refused is refused again here: that is not news."""
+        with suppress(OSError):
+            self._records.close()
+
+    def _write(self, **content: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **content).SerializeToString())
+        self._records.flush()
+
+
 class Log:
     """Appends a row a step to metrics.jsonl and to TensorBoard. A resumed run drops the rows past its checkpoint."""
 
     def __init__(self, folder: Path, stage: str, first: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self._path = folder / "metrics.jsonl"
         self._stage = stage
         kept = [row for row in read(self._path) if row["stage"] != stage or row["step"] < first]
         _rewrite(self._path, kept)
-        self._board = SummaryWriter(str(folder / "tensorboard" / stage), purge_step=first)
+        self._board = Board(folder / "tensorboard" / stage, first)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One row. A value that is no number is written as null."""
         clean = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         with self._path.open("a") as out:
             out.write(json.dumps({"schema_version": 1, "stage": self._stage, "step": step, **clean}) + "\n")
-        for name, value in clean.items():
-            if value is not None:
-                self._board.add_scalar(name, value, step)
+        self._board.add(step, {name: value for name, value in clean.items() if value is not None})
 
     def close(self) -> None:
-        """Flush."""
+        """Close what is open."""
         self._board.close()
 
 

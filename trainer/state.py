@@ -33,7 +33,8 @@ def save(folder: Path, number: int, state: dict[str, Any], keep: int) -> Path:
         staged.rename(target)
     except OSError as error:
         shutil.rmtree(staged, ignore_errors=True)
-        raise UsageError(f"cannot write the checkpoint {target}: {error.strerror or error}; free space there") from None
+        what = f"cannot write the checkpoint {target}: {error.strerror or error}"
+        raise UsageError(f"{what}; free space there, then --resume") from None
     for old in numbered(folder)[:-keep]:
         shutil.rmtree(old)
     return target
@@ -53,13 +54,14 @@ def load(folder: Path) -> dict[str, Any] | None:
     if not found:
         return None
     path = found[-1] / "state.pt"
+    fix = f"delete {found[-1]} to " + ("resume from an older one" if len(found) > 1 else "start the run anew")
     try:
         content = path.read_bytes()
-        expected = (found[-1] / "sha256").read_text()
+        expected = (found[-1] / "sha256").read_bytes()
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}; delete {found[-1]} to resume from an older one") from None
-    if hashlib.sha256(content).hexdigest() != expected:
-        raise UsageError(f"{path} is damaged (its sha256 differs); delete {found[-1]} to resume from an older one")
+        raise UsageError(f"{error.filename}: {error.strerror or error}; {fix}") from None
+    if hashlib.sha256(content).hexdigest().encode() != expected:
+        raise UsageError(f"{path} is damaged (its sha256 differs); {fix}")
     state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=False)
     set_generators(state.pop("generators"))
     return state
