@@ -46,12 +46,10 @@ def checks() -> Measured:
 def core_install() -> Measured:
     """Bar 10: without torch and Ray, for each Python at hand."""
     figures: dict[str, Any] = {}
-    for python in PYTHONS:
-        if shutil.which(python) and _ok([python, "--version"], ROOT):
-            with tempfile.TemporaryDirectory() as folder:
-                figures[python] = _core(python, Path(folder))
-        else:
-            figures[python] = "not on this machine"
+    for name in PYTHONS:
+        python = _interpreter(name)
+        with tempfile.TemporaryDirectory() as folder:
+            figures[name] = _core(python, Path(folder)) if python else "not on this machine"
     ran = [found for found in figures.values() if isinstance(found, dict)]
     met = bool(ran) and all(all(f["works"].values()) and f["env list, seconds"] < 1 for f in ran)
     return Measured(met, figures)
@@ -68,6 +66,13 @@ def own_environment() -> Measured:
     return Measured(met, {"lines": lines, "minutes": round(minutes, 1), "works": works})
 
 
+def _interpreter(name: str) -> Path | None:
+    """A Python of that name: pyenv keeps those that are not its default beside its shims."""
+    kept = sorted(Path.home().glob(f".pyenv/versions/*/bin/{name}"))
+    found = shutil.which(name)
+    return kept[-1] if kept else Path(found) if found else None
+
+
 def _ok(command: list[Any], folder: Path) -> bool:
     done = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True, timeout=SECONDS)
     if done.returncode:
@@ -75,7 +80,7 @@ def _ok(command: list[Any], folder: Path) -> bool:
     return done.returncode == 0
 
 
-def _core(python: str, folder: Path) -> dict[str, Any]:
+def _core(python: Path, folder: Path) -> dict[str, Any]:
     """Install the core in a fresh environment and use it as the README does."""
     source = folder / "source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "runs", "models", "*.egg-info"))
