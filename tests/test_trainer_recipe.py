@@ -60,6 +60,8 @@ def test_overrides_are_toml(tmp_path):
         ("seed", r"override 'seed': write dotted.key=VALUE"),
         ("seed=[", r"no TOML value"),
         ("seed.x=1", r"."),
+        ("stages=3", r"stages must be a table, such as \[stages.NAME\]"),
+        ("environments=[1]", r"environments must be a table"),
     ],
 )
 def test_a_bad_key_is_refused_with_place_and_fix(tmp_path, override, words):
@@ -71,6 +73,8 @@ def test_keys_without_effect_in_a_mode_are_refused(tmp_path):
     sft = GOOD.replace('"rlvr"', '"sft"') + "[pool]\ngroups = 2\n"
     with pytest.raises(UsageError, match="pool has no effect here: no stage is RLVR"):
         load(write(tmp_path, sft))
+    with pytest.raises(UsageError, match="drill_steps has no effect here: drills is 0"):
+        load(write(tmp_path, GOOD.replace('"rlvr"', '"sft"')), ["stages.rl.drill_steps=3"])
     with pytest.raises(UsageError, match="cannot end a deterministic run"):
         load(write(tmp_path), ["deterministic=true", "stages.rl.minutes=1"])
 

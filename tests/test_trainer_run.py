@@ -50,7 +50,7 @@ class Toy(Environment):
     @reward
     def short(self, episode) -> float:
         drawn = [turn.completion.generation for turn in episode.turns]
-        return float((drawn[0].ids < 1024).mean())
+        return float((drawn[0].ids < 1024).mean()) if drawn else 0.0
 
     def solution(self, task):
         call = ToolCall(id="", name="look", arguments='{"where": "b"}')
@@ -384,3 +384,15 @@ def test_a_folder_that_is_no_run_is_left_alone(make, tmp_path, resume):
     with pytest.raises(UsageError, match="toy is no run"):
         folder_of(make(), tmp_path, resume)
     assert mine.exists()
+
+
+def test_a_run_that_samples_nothing_says_why(make, tmp_path):
+    with pytest.raises(
+        UsageError, match=r"step 0: no episode holds a sampled token \(they ended: 16 by limit:context\)"
+    ):
+        go(make("rollout.context=16", "evaluation.tasks=0"), tmp_path / "run")
+
+
+def test_a_device_that_is_not_there_is_named(make):
+    with pytest.raises(UsageError, match=r"device: 'gpu' is not to be had here"):
+        prepare(make("device=gpu"))

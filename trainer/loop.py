@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version as installed_version
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from palaestra.gym.registry import EnvironmentSpec
+from palaestra.gym.registry import EnvironmentSpec, UsageError
 from palaestra.gym.types import Episode, Group, Sampling, Task
 from palaestra.rollout.pool import Draw, Pool
 from palaestra.rollout.worker import Player
@@ -107,6 +108,8 @@ class Rlvr:
         waited = time.monotonic() - started
         values = self._advantages(groups, step)
         batch = pack(groups, values)
+        if not batch.tokens:
+            raise UsageError(_nothing_sampled(groups, step))
         measured = self.learner.step(batch)
         await self.pool.publish(self.learner.weights(), version=step + 1)
         self.episodes = [episode for group in groups for episode in group.episodes]
@@ -144,6 +147,12 @@ class Rlvr:
             generator = np.random.default_rng((self._seed, step))
             values = permuted(values, [group.task.environment for group in groups], generator)
         return ADVANTAGES[self._stage.advantage](values)
+
+
+def _nothing_sampled(groups: list[Group], step: int) -> str:
+    causes = Counter(episode.outcome.cause.value for group in groups for episode in group.episodes)
+    ended = ", ".join(f"{n} by {cause}" for cause, n in causes.most_common())
+    return f"step {step}: no episode holds a sampled token (they ended: {ended}); is rollout.context too short?"
 
 
 class Sft:
@@ -242,8 +251,10 @@ async def _train_stage(run: Run, name: str, stage: Stage, saved: dict[str, Any] 
             if stage.minutes is not None and elapsed > 60 * stage.minutes:
                 break
     finally:
-        log.close()
-        await kind.close()
+        try:
+            log.close()
+        finally:
+            await kind.close()
 
 
 async def _evaluate(run: Run, tasks: dict[str, list[Task]]) -> tuple[Scores, list[Episode]]:
@@ -293,7 +304,11 @@ def prepare(recipe: Recipe) -> torch.device:
         torch.use_deterministic_algorithms(True)
     if recipe.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(recipe.device)
+    try:
+        return torch.empty(0, device=recipe.device).device
+    except (RuntimeError, AssertionError) as error:
+        text = str(error).splitlines()[0]
+        raise UsageError(f"device: {recipe.device!r} is not to be had here ({text}); use auto or cpu") from None
 
 
 def versions() -> dict[str, str]:

@@ -196,6 +196,8 @@ def _refuse_unknown(table: Mapping[str, Any], model: type[BaseModel], place: str
     """Refuse keys that no part of the recipe knows, with the nearest that it does."""
     for key, value in table.items():
         path = f"{where}{key}"
+        if path in ("stages", "environments") and not isinstance(value, dict):
+            raise UsageError(f"{place}: {path} must be a table, such as [{path}.NAME]; it is {value!r}")
         if key not in model.model_fields:
             raise UsageError(f"{place}: unknown key {path}: {suggest(key, model.model_fields)}{_elsewhere(key, model)}")
         if path == "stages" and isinstance(value, dict):
@@ -249,6 +251,8 @@ def _refuse_idle(table: Mapping[str, Any], place: str) -> None:
             raise UsageError(
                 f"{place}: stages.{name}.optim.bias_step has no effect here: RLVR freezes the router's bias"
             )
+        if isinstance(stage, dict) and stage.get("drill_steps") and not stage.get("drills"):
+            raise UsageError(f"{place}: stages.{name}.drill_steps has no effect here: drills is 0")
     if table.get("deterministic") and any(isinstance(s, dict) and "minutes" in s for s in stages.values()):
         raise UsageError(f"{place}: stages' minutes cannot end a deterministic run; use steps")
 
