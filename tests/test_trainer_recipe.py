@@ -38,6 +38,7 @@ def test_the_shipped_recipes_load():
 
 def test_overrides_are_toml(tmp_path):
     keys = ["stages.rl.optim.muon=0.5", "seed=7", 'environments.math.config.source="x"', "pool.groups=3", "device=cpu"]
+    assert load(write(tmp_path), ["model=./a/b"]).model == "./a/b"
     recipe = load(write(tmp_path), keys)
     assert recipe.stages["rl"].optim.muon == 0.5
     assert (recipe.seed, recipe.pool.groups, recipe.device) == (7, 3, "cpu")

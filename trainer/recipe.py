@@ -187,7 +187,7 @@ def _toml_value(value: str, text: str) -> Any:
     try:
         return tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        if re.fullmatch(r"[A-Za-z][\w./:@-]*", value):
+        if re.fullmatch(r"[\w./~:@-]+", value):
             return value
         raise UsageError(f"override {text!r}: {value!r} is no TOML value (a text needs quotes)") from None
 

@@ -29,6 +29,8 @@ class Screen:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._live.__exit__(kind, error, at)
+        if not self._live.console.is_terminal:
+            self._live.console.print()  # rich ends the last picture without a line break
 
     def show(self, stage: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:
         """One more step of a stage."""
