@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError
 from palaestra.gym.agent import MAIN
 from palaestra.gym.episode import Bounds
 from palaestra.gym.outcome import Cause, Failure
-from palaestra.gym.registry import EnvironmentSpec
+from palaestra.gym.registry import EnvironmentSpec, UsageError
 from palaestra.gym.types import Episode, Generation, Sampling
 from palaestra.rollout.engine import Engine
 from palaestra.rollout.policy import TokenPolicy
@@ -198,10 +198,17 @@ class Cluster:
 
 
 def connect(address: str) -> None:
-    """Join the cluster at `address`, or start one on this machine where it is empty. Idempotent."""
-    if not ray.is_initialized():
-        where = {"address": address} if address else {"include_dashboard": False}
+    """Join the cluster at `address`, or start one on this machine where it is empty. Idempotent.
+
+    Raises UsageError where no cluster answers.
+    """
+    if ray.is_initialized():
+        return
+    where = {"address": address} if address else {"include_dashboard": False}
+    try:
         ray.init(log_to_driver=False, **where)
+    except ConnectionError as error:
+        raise UsageError(f"ray.address: no cluster lets us in at {address} ({error}); see `ray status`") from None
 
 
 def _remote(kind: type, cpus: float) -> Any:

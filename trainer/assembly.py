@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,8 @@ from palaestra.rollout.transformers_engine import TransformersEngine
 from palaestra.rollout.worker import Worker
 from palaestra.trainer.recipe import FOREIGN, Recipe
 
+TOKEN = Path.home() / ".ray" / "auth_token"
+"""What `ray start` has its clusters ask for."""
 SHIPPED = Path(__file__).parent / "assets"
 
 
@@ -119,6 +122,8 @@ class OnRay(Base):
     the cores are the engine's, so that it samples while the learner learns."""
 
     def __init__(self, recipe: Recipe, specs: dict[str, EnvironmentSpec], device: Any) -> None:
+        if recipe.ray.address and TOKEN.exists():
+            os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it once, when it is imported
         from palaestra.rollout.actors import Cluster, connect
 
         super().__init__(recipe, device)
