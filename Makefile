@@ -25,6 +25,7 @@ train: install
 
 # The checkpoint that the quickstart begins from, anew: minutes on two cores.
 warmstart: install
+	@test ! -e runs/warmstart || { echo "runs/warmstart exists: move it away, or finish it with palaestra train warmstart --resume"; exit 1; }
 	$(BIN)/palaestra train warmstart $(ARGS)
 	$(BIN)/palaestra model convert runs/warmstart/model --output trainer/assets/warmstart
 	cp runs/warmstart/recipe.json runs/warmstart/summary.json trainer/assets/warmstart/

@@ -15,7 +15,9 @@ BARS = (
     ),
     bar(2, "rewards permuted at random teach nothing")(learning.permuted_rewards),
     bar(3, "deterministic runs are equal, killed and resumed ones too")(learning.determinism),
-    bar(4, "trainer's and sampler's log-probabilities differ by less than 1e-5", quick=True)(learning.same_logprobs),
+    bar(4, "trainer's and sampler's log-probabilities differ by less than 1e-5 in the mean", quick=True)(
+        learning.same_logprobs
+    ),
     bar(5, "env check passes what is right and names what is broken", quick=True)(newcomer.checks),
     bar(6, "killed actors, crashed verifiers and failing tools cost no wrong reward")(failures.mid_run),
     bar(7, "bad input: one message that names place and fix")(failures.clear_errors),

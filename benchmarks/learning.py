@@ -118,6 +118,12 @@ def learns(found: Mapping[str, Any]) -> list[str]:
     return missed + [check for check, holds in checks.items() if not holds]
 
 
+def _stage_minutes(folder: Path) -> float:
+    """What the training stage of a run took."""
+    last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
+    return float(json.loads(last)["elapsed"]) / 60
+
+
 def toolless_search(model: Path) -> float:
     """The return of held-out search tasks with the tools taken away."""
     out = model.parent / "toolless"
@@ -134,7 +140,8 @@ def three_seeds() -> Measured:
     again = train("warmstart-1", "warmstart", "seed=1")
     runs["rebuilt warm start"] = gains(quickstart(0, "rebuilt", f'model="{again / "model"}"'))
     float32 = {f"seed {seed}": gains(quickstart(seed, "float32", "nvfp4=false")) for seed in SEEDS}
-    control = gains(train("control", "control"))
+    minutes = _stage_minutes(quickstart(0))
+    control = gains(train("control", "control", f"stages.sft.minutes={minutes:.2f}"))
     missed = {name: learns(run) for name, run in runs.items()}
     toolless = toolless_search(quickstart(0) / "model")
     loss = mean(run["mean gain"] for run in float32.values()) - mean(runs[f"seed {s}"]["mean gain"] for s in SEEDS)
@@ -177,10 +184,16 @@ def determinism() -> Measured:
     """Two deterministic runs are equal, and one that is killed at three random moments and resumed equals them."""
     plain = [train(f"deterministic-{n}", str(_without_minutes()), *SMALL) for n in (1, 2)]
     killed, kills = _killed_and_resumed("deterministic-killed", random.Random(time.time_ns()))
-    first, second, third = (rows(folder) for folder in (*plain, killed))
-    figures = {"rows": len(first), "two runs equal": first == second, "killed run equal": first == third,
+    first, second, third = (_numbers(folder) for folder in (*plain, killed))
+    figures = {"rows": len(first[0]), "two runs equal": first == second, "killed run equal": first == third,
                "kills at step": kills}  # fmt: skip
-    return Measured(first == second == third and len(first) == 6, figures)
+    return Measured(first == second == third and len(first[0]) == 6, figures)
+
+
+def _numbers(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
+    """All that must be equal: metrics, held-out scores, weights."""
+    weights = (folder / "model" / "model.safetensors").read_bytes()
+    return rows(folder), read(folder, "scores.json"), hashlib.sha256(weights).hexdigest()
 
 
 def _without_minutes() -> Path:
@@ -204,7 +217,8 @@ def _killed_and_resumed(label: str, chance: random.Random) -> tuple[Path, list[i
             time.sleep(0.05)
         time.sleep(chance.uniform(0, 1.0))
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        if process.wait() != -signal.SIGKILL:
+            raise RuntimeError(f"the run {folder} ended before it was killed")
         kills.append(_steps(folder))
     process = _start(label, folder)
     if process.wait(timeout=SECONDS) != 0:

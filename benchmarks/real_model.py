@@ -55,6 +55,6 @@ def trained() -> dict[str, Any]:
 def real_input() -> Measured:
     """Both, run to the end, and the verdicts on all the rows that ship."""
     table, run, gold = evaluated(), trained(), gold_rows()
-    met = gold.met and all(table[name]["tasks"] >= TASKS for name in ENVIRONMENTS)
+    met = gold.met and all(table[n]["tasks"] >= TASKS and not table[n]["unscored"] for n in ENVIRONMENTS)
     met = met and run["steps"] >= 5 and run["episodes a step"] >= 24
     return Measured(met, {"evaluation": table, "training": run, "gold rows": gold.figures})

@@ -40,7 +40,7 @@ def save(folder: Path, model: Hybrid, tokenizer_hash: str = "", dtype: torch.dty
         raise OSError(
             f"cannot write checkpoint {folder}: {error}; free space there or choose another folder"
         ) from error
-    _replace(folder, staged)
+    replace(folder, staged)
 
 
 def load(folder: Path) -> Hybrid:
@@ -68,7 +68,7 @@ def tokenizer_hash(folder: Path) -> str:
         return str((file.metadata() or {}).get("tokenizer_sha256", ""))
 
 
-def _replace(folder: Path, staged: Path) -> None:
+def replace(folder: Path, staged: Path) -> None:
     """Put `staged` in the place of `folder`, whose old content stays at hand until the new one is in place."""
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)

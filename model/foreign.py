@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from palaestra.gym.registry import UsageError
+from palaestra.model.checkpoint import replace
 
 TOLERANCE = 1e-3
 
@@ -69,7 +71,7 @@ class Foreign(nn.Module):
 
     @torch.no_grad()
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Copies of the parameters and buffers under their names on disk; tied ones once."""
+        """Copies of the parameters and buffers under their names in the network; tied ones once."""
         for name, tensor in self._distinct():
             yield name, tensor.clone()
 
@@ -81,11 +83,16 @@ class Foreign(nn.Module):
             own[name].copy_(tensor)
 
     def save(self, folder: Path) -> None:
-        """Write a Hugging Face folder, weights and tokenizer."""
+        """Write a Hugging Face folder, weights and tokenizer, whole or not at all. Raises OSError naming the folder."""
         staged = folder.with_name(f".{folder.name}.partial")
-        self.inner.save_pretrained(staged)
-        self.tokenizer.save_pretrained(staged)
-        staged.rename(folder)
+        shutil.rmtree(staged, ignore_errors=True)
+        try:
+            self.inner.save_pretrained(staged)
+            self.tokenizer.save_pretrained(staged)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(staged, ignore_errors=True)
+            raise OSError(f"cannot write model {folder}: {error}; free space there or choose another folder") from error
+        replace(folder, staged)
 
     def _distinct(self) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, parameter.detach()) for name, parameter in self.inner.named_parameters())

@@ -15,7 +15,7 @@ from palaestra.gym.policy import ToolDeclaration
 from palaestra.gym.types import Message, ToolCall
 from palaestra.model.renderer import Thinking
 
-QUESTION, REPLY = "Question.", "Reply."
+QUESTION, REPLY = "A stand-in for the question.", "A stand-in for the reply."
 CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 THOUGHT = re.compile(r"^\s*(?:<think>)?(.*?)</think>\s*", re.DOTALL)
 TOOLS_TEXT = """{system}You may call these functions, given as JSON:
@@ -44,12 +44,12 @@ class TemplateRenderer:
 
     def extend(self, previous: Sequence[int], new: Sequence[Message], thinking: Thinking) -> list[int]:
         """The ids to add after `previous`: what ends a reply, the messages, the next prompt."""
-        stand_in = self._stand_in(new)
-        before = self._render(stand_in, None, False, thinking)
-        after = self._render([*stand_in, *self._plain(new)], None, True, thinking)
-        if not after.startswith(before):
-            raise ValueError("the chat template renders earlier messages differently once others follow")
-        ids = self._ids(self._closer() + after[len(before) :])
+        whole = self._render([*self._stand_in(new), *self._plain(new)], None, True, thinking)
+        closer = self._closer()
+        at = whole.find(closer, whole.find(REPLY) + len(REPLY))
+        if at < 0:
+            raise ValueError(f"the chat template ends the last reply with {closer!r}, earlier ones with something else")
+        ids = self._ids(whole[at:])
         return ids[1:] if previous and previous[-1] in self.stop_ids and ids[0] in self.stop_ids else ids
 
     def reply(self, message: Message) -> list[int]:

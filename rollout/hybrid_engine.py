@@ -18,12 +18,14 @@ from palaestra.model.network import Hybrid
 from palaestra.rollout.engine import WeightSource
 from palaestra.rollout.requests import Request, compute_thread, draw_for, fail
 
+PAUSE = 0.002
+
 
 @dataclass(frozen=True)
 class EngineConfig:
     """`slots`: conversations kept at once; `context`: tokens a conversation may have; `burst`: decode steps between two
     looks at what arrived; `deterministic`: every row is computed by itself and none is given up for another, so that
-    its numbers owe nothing to who else is there (about a tenth of the speed)."""
+    its numbers owe nothing to who else is there."""
 
     slots: int = 192
     context: int = 512
@@ -116,7 +118,7 @@ class HybridEngine:
                 self._switch()
                 admitted = self._admit()
                 if not self._active:
-                    await asyncio.sleep(0)
+                    await asyncio.sleep(PAUSE)  # all rows wait for their own episodes' next turns
                     continue
                 started = time.monotonic()
                 await self._in_thread(self._compute, admitted)

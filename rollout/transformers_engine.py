@@ -97,10 +97,11 @@ class TransformersEngine:
             self._waiting, self._batch = [], []
 
     def _switch(self) -> None:
-        if self._committing is not None:
-            self.version, weights = self._committing
+        committing, self._committing = self._committing, None
+        if committing is not None:
+            version, weights = committing
             self._model.load_weights(weights)
-            self._committing = None
+            self.version = version
 
     @torch.inference_mode()
     def _play(self, requests: list[Request]) -> None:

@@ -33,6 +33,12 @@ WITH_TOOLS = (
     "{% for c in m.tool_calls or [] %}{{ '<tool_call>' + (c.function | tojson) + '</tool_call>' }}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+LAST_THINKS = (  # the last reply alone shows that it was not thought about, as in Qwen's templates
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if loop.last and m['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 TOOL = {"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {"properties": {}}}}
 
 
@@ -100,9 +106,11 @@ async def test_an_update_in_flight_stops_cancellation_and_a_context_that_is_too_
     await engine.commit(7)
     drawn = await asyncio.wait_for(long, 60)
     assert [version for version, _ in drawn.versions] == [0, 7]
-    stop = int(drawn.ids[3])
+    whole = await engine.generate([30, 31], Sampling(max_tokens=9, seed=1), "whole")
+    stop = int(whole.ids[3])
     first = await engine.generate([30, 31], Sampling(max_tokens=9, seed=1, stop_ids=(stop,)), "stops")
-    assert first.finish_reason in ("stop", "length")
+    assert first.finish_reason == "stop"
+    assert first.ids.tolist() == whole.ids.tolist()[: whole.ids.tolist().index(stop) + 1]
     waiting = asyncio.create_task(engine.generate([5], Sampling(max_tokens=500), "gone"))
     await asyncio.sleep(0.05)
     await engine.cancel("gone")
@@ -134,6 +142,20 @@ def test_start_and_extend_give_what_the_template_gives_for_the_whole(model, temp
         assert renderer.decode(ids) == renderer.decode(renderer.start(shown, [TOOL], "off"))
     cut = renderer.extend(ids, [Message(role="user", content="Go on.")], "off")
     assert renderer.decode(cut).startswith("<|im_end|>\n<|im_start|>user\nGo on.")
+
+
+def test_a_template_that_decorates_the_last_reply_alone_goes_on(model):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=ours.Tokenizer.load()._inner, eos_token="<|im_end|>")
+    tokenizer.chat_template = LAST_THINKS
+    renderer = TemplateRenderer(tokenizer)
+    talk = [
+        Message(role="user", content="A?"),
+        Message(role="assistant", content="B."),
+        Message(role="user", content="C?"),
+    ]
+    ids = [*renderer.start(talk[:1], [], "off"), *renderer.reply(talk[1])]
+    ids += renderer.extend(ids, talk[2:], "off")
+    assert renderer.decode(ids) == renderer.decode(renderer.start(talk, [], "off"))
 
 
 def _spelled(tokenizer, message):
@@ -230,6 +252,8 @@ def test_a_foreign_model_is_trained_by_the_same_trainer(tmp_path, folder, stage)
         assert summary["environments"]["toy"]["gain"]["mean"] > 0
     else:
         assert rows[-1]["loss"] < 0.5 * rows[2]["loss"]
+    again = Foreign.load(str(tmp_path / "run" / "model"))
+    again.save(tmp_path / "run" / "model")  # a second time, as a resumed run does
     again = Foreign.load(str(tmp_path / "run" / "model"))
     assert not torch.equal(again.inner.lm_head.weight, Foreign.load(str(folder)).inner.lm_head.weight)
 

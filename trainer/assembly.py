@@ -85,7 +85,7 @@ class Base:
         self.renderer: Any
         self.build: Callable[..., Engine]
         if recipe.model.startswith(FOREIGN):
-            path = recipe.model.removeprefix(FOREIGN)
+            path = str(Path(recipe.model.removeprefix(FOREIGN)).resolve())
             self.model = Foreign.load(path).to(device)
             self.renderer = TemplateRenderer(self.model.tokenizer)
             self.build = partial(foreign_engine, path, engine)
