@@ -56,10 +56,7 @@ def core_install() -> Measured:
     """Bar 10: without torch and Ray, for each Python at hand; Python 3.11 must be."""
     figures = {name: _core(name) for name in PYTHONS}
     ran = [found for found in figures.values() if "works" in found]
-    met = "works" in figures[NEEDED] and all(
-        set(found["works"].values()) == {"ok"} and found["env list, seconds"] < LIST_SECONDS for found in ran
-    )
-    return Measured(met, figures)
+    return Measured("works" in figures[NEEDED] and all(map(_works, ran)), figures)
 
 
 def own_environment() -> Measured:
@@ -76,6 +73,11 @@ def own_environment() -> Measured:
     met = lines < own.LINES and minutes < MINUTES and rewards == {"scripted:gold": 1.0, "null": 0.0} and learned
     figures = {"lines": lines, "minutes": round(minutes, 2), "eval": rewards, "trained": warm, "preset:tiny": fresh}
     return Measured(met, figures)
+
+
+def _works(found: dict[str, Any]) -> bool:
+    """Whether all went well in one fresh environment, and the list was quick."""
+    return set(found["works"].values()) == {"ok"} and found["env list, seconds"] < LIST_SECONDS
 
 
 def _states(troubles: dict[str, str]) -> dict[str, str]:
@@ -109,12 +111,8 @@ def _core(name: str) -> dict[str, Any]:
         folder = Path(scratch)
         started = time.monotonic()
         trouble = _install(python, folder)
-        figures = {"install, seconds": round(time.monotonic() - started)}
-        return figures | ({"works": {"install": trouble}} | _no_list() if trouble else _used(folder))
-
-
-def _no_list() -> dict[str, float]:
-    return {"env list, seconds": float("inf")}
+        seconds = round(time.monotonic() - started)
+        return {"works": {"install": trouble}} if trouble else {"install, seconds": seconds, **_used(folder)}
 
 
 def _install(python: str, folder: Path) -> str:
@@ -138,6 +136,7 @@ def _used(folder: Path) -> dict[str, Any]:
         policies = ["--policy", f"openai:m@{server.url}", "--policy", "null"]
         evaluate = [command, "eval", *policies, "--env", "sums.py", "--tasks", "8", "--out", "out"]
         works["eval"] = _trouble(evaluate, folder) or _misplayed(folder / "out" / "summary.json")
+    works["env list"] = _trouble([command, "env", "list"], folder)
     return {"works": _states(works), "env list, seconds": round(_median([command, "env", "list"], folder), 2)}
 
 
@@ -159,10 +158,10 @@ def _misplayed(path: Path) -> str:
 
 
 def _median(command: Sequence[Any], folder: Path) -> float:
-    """Seconds of a command that works."""
+    """The median of a command's seconds."""
     seconds = []
     for _ in range(ROUNDS):
         started = time.monotonic()
-        trouble = _trouble(command, folder)
-        seconds.append(float("inf") if trouble else time.monotonic() - started)
+        _trouble(command, folder)
+        seconds.append(time.monotonic() - started)
     return statistics.median(seconds)

@@ -375,12 +375,14 @@ async def _faults(subject: _Subject) -> list[str]:
     """Faults that are put in must come out under their own cause."""
     task, script = subject.scripts()[0]
     called = sorted({call.name for message in script for call in message.tool_calls})
-    judge = next(judge.name for judge in judges(subject.kind) if judge.weight is not None)
+    rewards = [judge.name for judge in judges(subject.kind) if judge.weight is not None]
     cases: list[tuple[str, Cause, Environment, Policy]] = [
         ("a model server that is down", Cause.MODEL_SERVER, subject.prototype.fresh(), _Down()),
         ("a setup that raises", Cause.ENVIRONMENT, _broken(subject, setup=_raise_error), Replay(script)),
-        ("a verifier whose canary fails", Cause.VERIFIER, _dead_verifier(subject, judge), Replay(script)),
     ]
+    if rewards:
+        dead = _dead_verifier(subject, rewards[0])
+        cases.append(("a verifier whose canary fails", Cause.VERIFIER, dead, Replay(script)))
     for name in called:
         down = _broken(subject, **{name: _raise_unavailable})
         cases.append((f"tool {name} unavailable", Cause.TOOLS, down, Replay(script)))

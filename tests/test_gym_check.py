@@ -285,6 +285,14 @@ async def test_an_environment_that_cannot_open_is_named(tmp_path):
         await check(spec(write(tmp_path, body)))
 
 
+async def test_an_environment_without_a_reward_is_named_and_checked_to_the_end(tmp_path):
+    path = tmp_path / "mute.py"
+    path.write_text(SOUND.replace("    @reward\n", ""))
+    findings = await check(spec(str(path)), 2, 2.0)
+    assert any("has no @reward" in finding.message for finding in findings)
+    assert findings[-1].check == "shut"
+
+
 async def test_a_solution_that_raises_is_named(tmp_path):
     findings = await check(spec(write(tmp_path, "\n    def solution(self, task):\n        return task.data['gold']\n")))
     assert any("solution(task) raised KeyError: gold" in finding.message for finding in findings)
