@@ -45,12 +45,22 @@ def train(label: str, recipe: str, *overrides: str) -> Path:
     if not (folder / "summary.json").exists():
         runs.mkdir(parents=True, exist_ok=True)
         resume = ["--resume"] if (folder / "recipe.json").exists() else []
+        if not resume:
+            _started(folder).touch()
         command = [str(COMMAND), "train", recipe, f"name={label}", *overrides, "--runs", str(runs), *resume]
         print("  " + " ".join(["palaestra", *command[1:5]]), flush=True)
-        started = time.monotonic()
         subprocess.run(command, cwd=ROOT, check=True, timeout=SECONDS, stdout=subprocess.DEVNULL)
-        (folder / "wall.json").write_text(json.dumps({"minutes": (time.monotonic() - started) / 60}))
     return folder
+
+
+def _started(folder: Path) -> Path:
+    """A file beside a run's folder, as old as the run's first start."""
+    return folder.with_name(f"{folder.name}.started")
+
+
+def wall_minutes(folder: Path) -> float:
+    """From a run's first start to its summary: a resumed run's pauses count too."""
+    return ((folder / "summary.json").stat().st_mtime - _started(folder).stat().st_mtime) / 60
 
 
 def read(folder: Path, name: str) -> dict[str, Any]:
@@ -94,7 +104,7 @@ def gains(folder: Path) -> dict[str, Any]:
         },
         "mean gain": round(mean(part["gain"]["mean"] for part in parts.values()), 3),
         "mean greedy gain": round(mean(part["greedy_gain"]["mean"] for part in parts.values()), 3),
-        "minutes": round(read(folder, "wall.json")["minutes"], 1),
+        "minutes": round(wall_minutes(folder), 1),
     }
 
 
@@ -145,7 +155,7 @@ def three_seeds() -> Measured:
     missed = {name: learns(run) for name, run in runs.items()}
     toolless = toolless_search(quickstart(0) / "model")
     loss = mean(run["mean gain"] for run in float32.values()) - mean(runs[f"seed {s}"]["mean gain"] for s in SEEDS)
-    warm_minutes = read(again, "wall.json")["minutes"]
+    warm_minutes = wall_minutes(again)
     figures = {
         "runs": runs,
         "missed": missed,

@@ -9,7 +9,7 @@ from typing import Any
 
 from bars import ROOT, Measured
 from gold_rows import gold_rows
-from learning import COMMAND, fingerprint, mean, read, rows, train
+from learning import COMMAND, fingerprint, mean, train, wall_minutes
 
 MODEL = ROOT / "models" / "smollm2"
 ENVIRONMENTS = ("math", "code", "search")
@@ -43,11 +43,11 @@ def trained() -> dict[str, Any]:
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     names = [name for name in found[0] if name.startswith("reward/")]
     return {
-        "steps": len(rows(folder)),
+        "steps": len(found),
         "episodes a step": min(row["episodes"] for row in found),
         "return": {name.removeprefix("reward/"): round(mean(row[name] for row in found), 3) for name in names},
         "groups with a signal": round(1 - mean(row["zero_advantage_share"] for row in found), 3),
-        "minutes": round(read(folder, "wall.json")["minutes"], 1),
+        "minutes": round(wall_minutes(folder), 1),
         "sampled tokens a second": round(mean(row["sampled_tokens_per_second"] for row in found), 1),
     }
 

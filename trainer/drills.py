@@ -2,7 +2,7 @@
 
 From demonstrations alone a model of one attention layer learns to copy suddenly and late: a copied name is one token in
 fifteen there, and one of hundreds. Here every other token is copied, at first from a handful of tokens; once those are
-copied, many more are within a minute.
+copied, many more soon are.
 """
 
 from __future__ import annotations
