@@ -10,7 +10,7 @@ from typing import Any
 
 from palaestra.gym import worker
 from palaestra.gym.agent import Loop
-from palaestra.gym.environment import Environment, gold_messages, judges
+from palaestra.gym.environment import Environment, gold_of, judges
 from palaestra.gym.episode import Bounds, run_episode
 from palaestra.gym.fuzz import MALFORMED, broken_calls, valid_calls
 from palaestra.gym.leftovers import Holdings, holdings, left_since, marked
@@ -18,7 +18,7 @@ from palaestra.gym.outcome import RULES, Cause, Failure
 from palaestra.gym.policies import Null
 from palaestra.gym.policy import Policy, Replay, ToolDeclaration
 from palaestra.gym.registry import EnvironmentSpec, UsageError, one_line
-from palaestra.gym.tools import ToolUnavailable, guarded, specs
+from palaestra.gym.tools import ToolUnavailable, guarded, specs, undeclared
 from palaestra.gym.types import Completion, Episode, Limits, Message, Record, Sampling, Scored, Task, Turn, Unscored
 from palaestra.gym.wire import number, transcript
 
@@ -57,7 +57,7 @@ class _Subject:
             limits=limits, setup=6 * seconds, tool=seconds, respond=seconds, judge=6 * seconds, close=seconds
         )
         self.golds: dict[str, list[Message]] = {}
-        self.playable = True
+        self.hindrance = ""
         self.stuck = False
         self.faulty: set[str] = set()
         self.turns = MOST_TURNS
@@ -69,15 +69,13 @@ class _Subject:
 
     def gold_tasks(self) -> list[Task]:
         """The tasks whose gold can be played. Raises _Skip where there is none."""
-        if not self.golds:
-            raise _Skip("the environment has no solution(task)")
-        if not self.playable:
-            raise _Skip("gold does not play to its end")
+        if self.hindrance:
+            raise _Skip(self.hindrance)
         return [task for task in self.tasks if task.key in self.golds]
 
     def scripts(self) -> list[tuple[Task, list[Message]]]:
         """Something to play on each of up to two tasks (gold, else nothing), and each tool that gold does not call."""
-        golds = self.golds if self.playable else {}
+        golds = {} if self.hindrance else self.golds
         played = [(task, golds.get(task.key, [])) for task in self.tasks[:2]]
         tried = {call.name for _, script in played for message in script for call in message.tool_calls}
         others = [tool for tool in self.declarations() if tool["function"]["name"] not in tried | self.faulty]
@@ -171,7 +169,9 @@ def _ended(episode: Episode) -> str:
 
 
 def _is_full(subject: _Subject, episode: Episode) -> bool:
-    return isinstance(episode.result, Scored) and episode.result.value >= subject.full - _CLOSE_ENOUGH
+    """Whether all was earned that can be; never where nothing can."""
+    earned = episode.result.value if isinstance(episode.result, Scored) else 0.0
+    return subject.full > 0 and earned >= subject.full - _CLOSE_ENOUGH
 
 
 def _earned(episode: Episode) -> str:
@@ -183,28 +183,34 @@ def _unique(lines: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
+async def _tools(subject: _Subject) -> list[str]:
+    return undeclared(subject.kind)
+
+
 async def _gold(subject: _Subject) -> list[str]:
     if not subject.full:
-        return [f"{subject.kind.__name__} has no @reward of positive weight"]
+        subject.hindrance = "the environment has no @reward of positive weight"
+        return [f"{subject.kind.__name__} has no @reward of positive weight; mark the method that judges with @reward"]
     problems: list[str] = []
     for task in subject.tasks:
         try:
-            gold = gold_messages(subject.prototype.fresh().solution(task))
-        except Exception as error:
-            problems.append(f"task {task.key}: solution(task) raised {one_line(error)}")
-            continue
+            gold = gold_of(subject.prototype.fresh(), task)
+        except UsageError as error:
+            subject.hindrance = "solution(task) is at fault"
+            return [*problems, str(error)]
         if gold is None:
             continue
         subject.golds[task.key] = gold
         subject.turns = max(subject.turns, 2 * len(gold))
         episode = await subject.play(task, Replay(gold))
         if _infrastructure(episode):
-            subject.playable = False
+            subject.hindrance = "gold does not play to its end"
             return [*problems, f"task {task.key}: gold ended {_ended(episode)}"]
         if not _is_full(subject, episode):
             problems.append(f"task {task.key}: gold earned {_earned(episode)}, not the full {subject.full:g}")
-    if not subject.golds and not problems:
-        raise _Skip("the environment has no solution(task)")
+    if not subject.golds:
+        subject.hindrance = "the environment has no solution(task)"
+        raise _Skip(subject.hindrance)
     return problems
 
 
@@ -429,6 +435,7 @@ def _raise_verifier(*_: Any, **__: Any) -> None:
 
 
 CHECKS: dict[str, Callable[[_Subject], Awaitable[list[str]]]] = {
+    "tools": _tools,
     "gold": _gold,
     "null": _null,
     "differing gold": _differing,

@@ -288,6 +288,17 @@ def _attach(app: typer.Typer, name: str, point: EntryPoint, load: bool) -> None:
         app.command(name)(found)
 
 
+def told(error: Exception) -> str:
+    """An error as the line that is printed: our own speak for themselves; any other says how to find its place."""
+    if type(error).__module__.startswith("palaestra.") and str(error):
+        return " ".join(str(error).split())
+    text = one_line(error)
+    if isinstance(error, OSError) and str(error):
+        text = str(error) if error.strerror is None else error.strerror
+        text = f"{error.filename}: {text}" if error.filename else text
+    return f"{text} ({TRACEBACK}=1 shows where)"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line, and exit: 0, 1 after an error (one line), 2 for arguments that do not parse."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -299,9 +310,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if os.environ.get(TRACEBACK):
             raise
-        if isinstance(error, UsageError):
-            text = " ".join(str(error).split())
-        else:
-            text = f"{one_line(error)} ({TRACEBACK}=1 shows where)"
-        print(f"palaestra: {text}", file=sys.stderr)
+        print(f"palaestra: {told(error)}", file=sys.stderr)
         sys.exit(1)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, overload
 from pydantic import BaseModel, ConfigDict
 
 from palaestra.gym.policy import Policy
+from palaestra.gym.registry import UsageError, one_line, place
 from palaestra.gym.tasksets import TaskSet, of_split
 from palaestra.gym.tools import ToolError, ToolUnavailable, specs, tool
 from palaestra.gym.types import Message, Task
@@ -140,8 +141,26 @@ def judges(environment: type[Environment]) -> tuple[Judge, ...]:
     return _judges.setdefault(environment, tuple(found.values()))
 
 
-def gold_messages(solution: str | Sequence[Message] | None) -> list[Message] | None:
-    """A solution as the assistant's messages in order; None where there is none."""
+def gold_messages(solution: Answer, whose: str = "the environment") -> list[Message] | None:
+    """A solution as the assistant's messages in order; None where there is none. Raises UsageError for anything else,
+    naming `whose` it is."""
     if solution is None:
         return None
-    return [Message(role="assistant", content=solution)] if isinstance(solution, str) else list(solution)
+    if isinstance(solution, str):
+        return [Message(role="assistant", content=solution)]
+    messages = list(solution) if isinstance(solution, Iterable) and not isinstance(solution, Message) else [solution]
+    if all(isinstance(message, Message) for message in messages):
+        return messages
+    given = f"{solution!r:.80} ({type(solution).__name__})"
+    raise UsageError(f"{whose}: solution(task) returned {given}; return a str, or a list of Messages")
+
+
+def gold_of(environment: Environment, task: Task) -> list[Message] | None:
+    """The gold of `task` as messages; None where the environment has none. Raises UsageError naming its fault."""
+    name = type(environment).__name__
+    try:
+        solution = environment.solution(task)
+    except Exception as error:
+        where = place(error, type(environment).__module__)
+        raise UsageError(f"{name}: solution(task) raised {one_line(error)}{where} for task {task.key}") from error
+    return gold_messages(solution, name)

@@ -12,9 +12,10 @@ from typing import Any
 from pydantic import Field
 
 from palaestra.gym.agent import MAIN, Agent, Loop, Recorder
-from palaestra.gym.environment import Environment, Judge, gold_messages, judges
+from palaestra.gym.environment import Environment, Judge, gold_of, judges
 from palaestra.gym.outcome import RULES, Cause, Failure
 from palaestra.gym.policy import Policy, Replay
+from palaestra.gym.registry import UsageError
 from palaestra.gym.tools import Tools, as_messages, guarded
 from palaestra.gym.types import Episode, Limits, Outcome, Record, Reward, Sampling, Scored, Task, Unscored
 
@@ -289,12 +290,12 @@ async def canary(environment: Environment, bounds: Bounds) -> bool:
         what = f"{type(fresh).__name__}.alive"
         if not await guarded(what, Cause.ENVIRONMENT, bounds.tool, fresh.alive):
             return False
-        gold = gold_messages(fresh.solution(environment.task))
+        gold = gold_of(fresh, environment.task)
         if gold is None:
             return True
         run = _Run(fresh, {MAIN: Replay(gold)}, environment.task, Sampling(), "canary", bounds)
         return await _judges_well(run)
-    except Failure:
+    except (Failure, UsageError):
         return False
 
 

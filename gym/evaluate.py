@@ -30,7 +30,7 @@ from palaestra.gym.policies import bound
 from palaestra.gym.policy import Policy
 from palaestra.gym.registry import EnvironmentSpec, UsageError
 from palaestra.gym.types import SCHEMA_VERSION, Episode, Record, Sampling, Task
-from palaestra.gym.wire import judged, task_sha256, transcript
+from palaestra.gym.wire import flat, task_sha256
 
 EPISODES = "episodes.jsonl"
 BOOTSTRAP = 2000
@@ -195,32 +195,7 @@ async def _attempt(contest: Contest, job: _Job, prototype: Environment) -> Row:
 
 
 def _row(job: _Job, episode: Episode) -> Row:
-    verdict = judged(episode)
-    usage = [_usage(turn.completion) for turn in episode.turns]
-    return Row(
-        policy=job.policy,
-        environment=job.spec.alias,
-        key=job.task.key,
-        attempt=job.attempt,
-        difficulty=job.task.difficulty,
-        reward=verdict.reward,
-        rewards=verdict.rewards,
-        metrics={name: float(value) for name, value in episode.metrics.items()},
-        outcome=verdict.outcome,
-        detail=verdict.detail,
-        prompt_tokens=sum(before for before, _ in usage),
-        completion_tokens=sum(drawn for _, drawn in usage),
-        seconds=episode.timings["total"],
-        messages=transcript(episode),
-        made_with=dict(job.made_with),
-    )
-
-
-def _usage(completion: Any) -> tuple[int, int]:
-    """Prompt and completion tokens of one reply: by ids where they are known, else as the endpoint counts."""
-    if completion.generation is not None:
-        return len(completion.prompt_ids), len(completion.generation.ids)
-    return completion.usage.get("prompt_tokens", 0), completion.usage.get("completion_tokens", 0)
+    return Row(policy=job.policy, attempt=job.attempt, made_with=dict(job.made_with), **flat(episode))
 
 
 def _digest(value: object) -> str:

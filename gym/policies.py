@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from palaestra.gym import threads
-from palaestra.gym.environment import Environment, gold_messages
+from palaestra.gym.environment import Environment, gold_of
 from palaestra.gym.outcome import Cause, Failure
 from palaestra.gym.policy import Policy, Replay, ToolDeclaration
 from palaestra.gym.registry import UsageError, one_line, points, suggest
@@ -58,8 +58,8 @@ class Gold(Null):
         raise Failure(Cause.ENVIRONMENT, "scripted:gold can only play an environment that has a solution(task)")
 
     def bind(self, environment: Environment, task: Task) -> Policy:
-        """The policy that plays this task's solution; itself where there is none."""
-        gold = gold_messages(environment.solution(task))
+        """The policy that plays this task's solution; itself where there is none. Raises UsageError."""
+        gold = gold_of(environment, task)
         return self if gold is None else Replay(gold)
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from itertools import islice
 from pathlib import Path
+from traceback import walk_tb
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,17 @@ def one_line(error: BaseException) -> str:
     """An exception as one line of text."""
     text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def place(error: BaseException, module: str) -> str:
+    """Where an error arose, ` (FILE, line N)`: the last line of `module` or its package, else the last that is not
+    ours; empty where there is none."""
+    package = module.partition(".")[0]
+    lines = [(str(frame.f_globals.get("__name__")), frame, line) for frame, line in walk_tb(error.__traceback__)]
+    foreign = [entry for entry in lines if entry[0].partition(".")[0] != "palaestra"]
+    for _, frame, line in reversed([entry for entry in foreign if entry[0].partition(".")[0] == package] or foreign):
+        return f" ({frame.f_code.co_filename}, line {line})"
+    return ""
 
 
 def points(group: str) -> dict[str, EntryPoint]:
@@ -98,7 +110,8 @@ class EnvironmentSpec:
                 found = True
                 yield task.model_copy(update={"environment": self.alias})
         except (OSError, ValueError, KeyError) as error:
-            raise UsageError(f"environment {self.alias}, tasks of split {split!r}: {one_line(error)}") from error
+            where = place(error, self.environment().__module__)
+            raise UsageError(f"environment {self.alias}, tasks of split {split!r}: {one_line(error)}{where}") from error
         if not found:
             raise UsageError(f"environment {self.alias}: no tasks in split {split!r}; try train or held-out")
 
@@ -226,7 +239,8 @@ def _dotted(module: str, name: str, target: str) -> type[Environment]:
     except Exception as error:
         prefixes = ", ".join(f"{prefix}:" for prefix in _adapters())
         hint = f"install its package, or use one of the prefixes {prefixes}"
-        raise UsageError(f"environment {target}: cannot import {module} ({one_line(error)}); {hint}") from error
+        reason = f"{one_line(error)}{place(error, module)}"
+        raise UsageError(f"environment {target}: cannot import {module} ({reason}); {hint}") from error
     return _class_in(imported, name, target)
 
 
@@ -252,7 +266,9 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UsageError(f"cannot read the environment file {path}: {error.strerror or error}") from None
+        relative = "" if path.is_absolute() else f" ({path} is looked for in the working folder, {Path.cwd()})"
+        reason = error.strerror or error
+        raise UsageError(f"cannot read the environment file {path.absolute()}: {reason}{relative}") from None
 
 
 def _file_at(path: Path, source: bytes) -> Path:
@@ -283,7 +299,7 @@ def _load_source(path: Path, source: bytes) -> ModuleType:
     except Exception as error:
         del sys.modules[name]
         raise UsageError(
-            f"{path} cannot be loaded: {one_line(error)} (a file is loaded alone, not its folder)"
+            f"{path} cannot be loaded: {one_line(error)}{place(error, name)}; a file is loaded alone, not its folder"
         ) from error
     return module
 

@@ -152,7 +152,11 @@ async def score_rows(
         return verdict
 
     try:
-        return list(await asyncio.gather(*map(one, rows)))
+        async with asyncio.TaskGroup() as group:
+            judging = [group.create_task(one(row)) for row in rows]
+        return [task.result() for task in judging]
+    except ExceptionGroup as group_error:
+        raise group_error.exceptions[0] from group_error
     finally:
         await kind.shut(prototype.resources)
         await shut(list((roles or {}).values()))

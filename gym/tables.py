@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from palaestra.gym.evaluate import Interval, Row, Summary
 from palaestra.gym.files import write_whole
@@ -94,19 +94,24 @@ def write(folder: Path, summaries: Sequence[Summary], rows: Sequence[Row]) -> No
     text = json.dumps([summary.model_dump() for summary in summaries], indent=2)
     write_whole(folder / "summary.json", text.encode())
     write_whole(folder / "index.html", page(summaries, rows).encode())
-    write_whole(folder / "episodes.parquet", _parquet(rows))
+    write_whole(folder / "episodes.parquet", parquet([row.model_dump() for row in rows]))
 
 
-def _parquet(rows: Sequence[Row]) -> bytes:
-    """A column for each field; what has no fixed shape is JSON text."""
+def parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """A Parquet file of a column for each field; objects and lists become JSON text, and nothing but nulls float64."""
     import pyarrow
-    from pyarrow import parquet
+    from pyarrow.parquet import write_table
 
-    nested = ("rewards", "metrics", "messages", "made_with")
-    listed = [row.model_dump() for row in rows]
-    for row in listed:
-        row.update({name: json.dumps(row[name], ensure_ascii=False) for name in nested})
+    names = list(rows[0]) if rows else []
     out = pyarrow.BufferOutputStream()
-    parquet.write_table(pyarrow.Table.from_pylist(listed), out)
+    write_table(pyarrow.table({name: _column([row[name] for row in rows]) for name in names}), out)
     content: bytes = out.getvalue().to_pybytes()
     return content
+
+
+def _column(values: Sequence[Any]) -> Any:
+    import pyarrow
+
+    if isinstance(values[0], dict | list):
+        return pyarrow.array([json.dumps(value, ensure_ascii=False) for value in values])
+    return pyarrow.array(values, pyarrow.float64() if all(value is None for value in values) else None)

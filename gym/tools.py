@@ -97,6 +97,19 @@ def specs(environment: type[Environment]) -> dict[str, ToolSpec]:
     return _specs.setdefault(environment, found)
 
 
+def undeclared(environment: type[Environment]) -> list[str]:
+    """What the tools of an environment class leave unsaid to the policy: a line for each untyped parameter and each
+    missing docstring, with the fix."""
+    lines: list[str] = []
+    for name, spec in specs(environment).items():
+        parameters = list(inspect.signature(getattr(environment, spec.method)).parameters.values())[1:]
+        bare = [parameter.name for parameter in parameters if parameter.annotation is parameter.empty]
+        lines += [f"the tool {name}: its parameter {one} has no type; annotate it ({one}: str)" for one in bare]
+        if not spec.declaration["function"]["description"]:
+            lines.append(f"the tool {name} has no docstring; write one: the policy is shown it")
+    return lines
+
+
 def _complaint(error: ValidationError) -> str:
     parts = (f"{'.'.join(map(str, e['loc'])) or 'arguments'}: {e['msg']}" for e in error.errors(include_url=False))
     return "; ".join(parts)

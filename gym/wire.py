@@ -7,7 +7,18 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from palaestra.gym.types import SCHEMA_VERSION, Episode, Message, Record, Reward, Scored, Task, ToolCall, Unscored
+from palaestra.gym.types import (
+    SCHEMA_VERSION,
+    Completion,
+    Episode,
+    Message,
+    Record,
+    Reward,
+    Scored,
+    Task,
+    ToolCall,
+    Unscored,
+)
 
 _KNOWN = {"role", "content", "reasoning", "reasoning_content", "tool_calls", "tool_call_id", "refusal", "name"}
 
@@ -114,6 +125,33 @@ def transcript(episode: Episode) -> list[dict[str, Any]]:
 def _with_reasoning(message: Message) -> dict[str, Any]:
     reasoning = {"reasoning": message.reasoning} if message.reasoning else {}
     return {**message_to_json(message), **reasoning}
+
+
+def flat(episode: Episode) -> dict[str, Any]:
+    """An episode as one row of a table: who was asked what, how it went, the main conversation in the OpenAI form."""
+    verdict = judged(episode)
+    usage = [_usage(turn.completion) for turn in episode.turns]
+    return {
+        "environment": episode.task.environment,
+        "key": episode.task.key,
+        "difficulty": episode.task.difficulty,
+        "reward": verdict.reward,
+        "rewards": verdict.rewards,
+        "metrics": {name: float(value) for name, value in episode.metrics.items()},
+        "outcome": verdict.outcome,
+        "detail": verdict.detail,
+        "prompt_tokens": sum(before for before, _ in usage),
+        "completion_tokens": sum(drawn for _, drawn in usage),
+        "seconds": episode.timings.get("total", 0.0),
+        "messages": transcript(episode),
+    }
+
+
+def _usage(completion: Completion) -> tuple[int, int]:
+    """Prompt and completion tokens of one reply: by ids where they are known, else as the endpoint counts."""
+    if completion.generation is not None and completion.prompt_ids is not None:
+        return len(completion.prompt_ids), len(completion.generation.ids)
+    return completion.usage.get("prompt_tokens", 0), completion.usage.get("completion_tokens", 0)
 
 
 def task_sha256(task: Task) -> str:

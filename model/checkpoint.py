@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -41,6 +42,12 @@ def save(folder: Path, model: Hybrid, tokenizer_hash: str = "", dtype: torch.dty
             f"cannot write checkpoint {folder}: {error}; free space there or choose another folder"
         ) from error
     replace(folder, staged)
+
+
+def locate(reference: str) -> Path:
+    """The folder that `reference` names: a path, or the name of a checkpoint that ships (warmstart)."""
+    shipped = Path(str(files("palaestra.trainer").joinpath("assets", reference)))
+    return shipped if (shipped / WEIGHTS).exists() else Path(reference)
 
 
 def load(folder: Path) -> Hybrid:

@@ -48,8 +48,6 @@ class Foreign(nn.Module):
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             text = str(error).strip().splitlines()[0]
             raise UsageError(f"transformers:{path} cannot be loaded: {text}; fetch or write the folder anew") from None
-        if not tokenizer.chat_template:
-            raise UsageError(f"transformers:{path}: its tokenizer has no chat template; only chat models can play")
         model = cls(inner.eval(), tokenizer)
         model._check_head(path)
         return model

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from palaestra.gym.policy import ToolDeclaration
+from palaestra.gym.registry import UsageError
 from palaestra.gym.types import Message, ToolCall
 from palaestra.model.renderer import Thinking
 
@@ -26,11 +27,13 @@ To call one, reply with a line
 
 class TemplateRenderer:
     """The renderer of a tokenizer that has a chat template. Calls are read in the Hermes form, a JSON object between
-    <tool_call> tags; templates that know nothing of tools get them declared in the system message."""
+    <tool_call> tags; templates that know nothing of tools get them declared in the system message. Raises
+    UsageError where the tokenizer has not one template and an eos token."""
 
     def __init__(self, tokenizer: Any) -> None:
+        _refuse_unusable(tokenizer)
         self._tokenizer = tokenizer
-        self._knows_tools = "tools" in (tokenizer.chat_template or "")
+        self._knows_tools = "tools" in tokenizer.chat_template
         self.tag_ids: frozenset[int] = frozenset(tokenizer.all_special_ids)
         self._ends = self._reply_ends() or [tokenizer.eos_token_id]
         self.stop_ids: tuple[int, ...] = tuple(sorted({tokenizer.eos_token_id, *self._ends}))
@@ -113,6 +116,17 @@ class TemplateRenderer:
             calls = tuple(ToolCall(id=m.tool_call_id or "", name="f", arguments="{}") for m in new if m.role == "tool")
             talk[-1] = _as_chat(Message(role="assistant", content=REPLY, tool_calls=calls))
         return talk
+
+
+def _refuse_unusable(tokenizer: Any) -> None:
+    template, where = tokenizer.chat_template, f"transformers:{tokenizer.name_or_path}: its tokenizer has"
+    if not template:
+        raise UsageError(f"{where} no chat template; take a chat model, or add its template as chat_template.jinja")
+    if not isinstance(template, str):
+        names = ", ".join(template)
+        raise UsageError(f"{where} several chat templates ({names}); leave one in the folder, as chat_template.jinja")
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"{where} no eos token, so replies would not end; set eos_token in tokenizer_config.json")
 
 
 def _stand_in_talk() -> list[dict[str, Any]]:

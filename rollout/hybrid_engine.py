@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from palaestra.gym.types import Generation, Sampling
 from palaestra.model.cache import Cache
 from palaestra.model.config import ModelConfig
 from palaestra.model.network import Hybrid
 from palaestra.rollout.engine import WeightSource
-from palaestra.rollout.requests import Request, compute_thread, draw_for, fail
-
-PAUSE = 0.002
+from palaestra.rollout.local_engine import LocalEngine
+from palaestra.rollout.requests import Request, draw_for, fail
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """`slots`: conversations kept at once; `context`: tokens a conversation may have; `burst`: decode steps between two
-    looks at what arrived; `deterministic`: every row is computed by itself and none is given up for another, so that
-    its numbers owe nothing to who else is there."""
+    looks at what arrived; `deterministic`: every row is computed by itself, and one given up for another is kept aside
+    (a state computed anew would round otherwise), so that its numbers owe nothing to who else is there."""
 
     slots: int = 192
     context: int = 512
@@ -35,39 +32,24 @@ class EngineConfig:
 
 @dataclass(eq=False)
 class _Session:
-    """A conversation's row and the ids that the row's state has seen."""
+    """A conversation's row and the ids that its state has seen; `aside`: the state while the row (-1) is another's."""
 
     row: int
     ids: list[int]
+    aside: Cache | None = None
 
 
-class HybridEngine:
-    """The Engine over `model.network.Hybrid`. Compute runs in a thread; the event loop stays free."""
+class HybridEngine(LocalEngine[Hybrid]):
+    """The Engine over `model.network.Hybrid`. New weights take effect between two bursts."""
 
     def __init__(self, model: Hybrid, config: EngineConfig | None = None) -> None:
         self._config = config or EngineConfig()
+        super().__init__(self._config.context)
         self._network = model.config
         self._model = model.eval()
-        self._prepared: tuple[int, Hybrid] | None = None
-        self._committing: tuple[int, Hybrid] | None = None
-        self.version = 0
         self._cache = Cache.empty(self._network, self._config.slots, 2 * self._config.context)
         self._free = list(range(self._config.slots))[::-1]
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
-        self._waiting: list[Request] = []
-        self._active: list[Request] = []
-        self._loop: asyncio.Task[None] | None = None
-        self._thread = compute_thread()
-        self._counts = {"drawn": 0, "prefilled": 0, "steps": 0}
-        self._busy = 0.0
-
-    async def generate(self, ids: Sequence[int], sampling: Sampling, session: str) -> Generation:
-        """See Engine.generate."""
-        request = Request.of(ids, sampling, session, self._config.context)
-        self._waiting.append(request)
-        if self._loop is None or self._loop.done():
-            self._loop = asyncio.create_task(self._run())
-        return await request.result()
 
     async def fork(self, session: str, new: str) -> None:
         """See Engine.fork."""
@@ -75,16 +57,11 @@ class HybridEngine:
         if known is None or any(request.session == session for request in self._active):
             return
         await self.release(new)
+        state = self._state(known)
         row = self._take_row()
-        if row is not None and session in self._sessions:
-            self._cache.write(torch.tensor([row]), self._cache.select(torch.tensor([known.row])))
+        if row is not None:
+            self._cache.write(torch.tensor([row]), state)
             self._sessions[new] = _Session(row, list(known.ids))
-
-    async def cancel(self, session: str) -> None:
-        """See Engine.cancel."""
-        for request in [*self._waiting, *self._active]:
-            if request.session == session and request.finish is None:
-                request.finish = "cancelled"
 
     async def release(self, session: str) -> None:
         """See Engine.release."""
@@ -96,18 +73,9 @@ class HybridEngine:
         """See Engine.prepare."""
         self._prepared = (version, await self._in_thread(self._built, list(weights)))
 
-    async def commit(self, version: int) -> None:
-        """See Engine.commit. Takes effect between two bursts."""
-        if self._prepared is None or self._prepared[0] != version:
-            ready = None if self._prepared is None else self._prepared[0]
-            raise ValueError(f"commit({version}): prepared is {ready}; call prepare(weights, {version}) first")
-        self._committing, self._prepared = self._prepared, None
-        if not self._active:
-            self._switch()
-
     def stats(self) -> Mapping[str, Any]:
         """See Engine.stats."""
-        return {**self._counts, "sessions": len(self._sessions), "version": self.version, "busy": self._busy}
+        return {**super().stats(), "sessions": len(self._sessions)}
 
     # -- the loop
 
@@ -115,11 +83,9 @@ class HybridEngine:
         """Admit, step, finish, until nothing is left to do."""
         try:
             while self._waiting or self._active:
-                self._switch()
                 admitted = self._admit()
                 if not self._active:
-                    await asyncio.sleep(PAUSE)  # all rows wait for their own episodes' next turns
-                    continue
+                    return  # all that waited were cancelled
                 started = time.monotonic()
                 await self._in_thread(self._compute, admitted)
                 self._busy += time.monotonic() - started
@@ -132,11 +98,6 @@ class HybridEngine:
         for session in list(self._sessions):
             self._drop(session)
         self._waiting, self._active = [], []
-
-    def _switch(self) -> None:
-        if self._committing is not None:
-            self.version, self._model = self._committing
-            self._committing = None
 
     def _admit(self) -> list[Request]:
         """Give waiting requests a row, as long as there are rows."""
@@ -158,30 +119,45 @@ class HybridEngine:
     def _seat(self, request: Request) -> bool:
         """Find the session's row, or a free one, or that of the session idle for longest."""
         known = self._sessions.get(request.session)
-        if known is not None and request.ids[: len(known.ids)] == known.ids and len(known.ids) < len(request.ids):
-            self._sessions.move_to_end(request.session)
-            request.row = known.row
-            return True
-        self._drop(request.session)
-        row = self._take_row()
-        if row is None:
-            return False
-        self._sessions[request.session] = _Session(row, [])
-        request.row = row
+        if known is None or request.ids[: len(known.ids)] != known.ids or len(known.ids) == len(request.ids):
+            self._drop(request.session)
+            known = _Session(-1, [])
+        if known.row < 0:
+            row = self._take_row()
+            if row is None:
+                return False
+            if known.aside is not None:
+                self._cache.write(torch.tensor([row]), known.aside)
+            known.row, known.aside = row, None
+        self._sessions[request.session] = known
+        self._sessions.move_to_end(request.session)
+        request.row = known.row
         return True
 
     def _take_row(self) -> int | None:
         if not self._free:
             busy = {request.session for request in self._active}
-            idle = next((session for session in self._sessions if session not in busy), None)
-            if idle is None or self._config.deterministic:
+            seated = (session for session, known in self._sessions.items() if known.row >= 0)
+            idle = next((session for session in seated if session not in busy), None)
+            if idle is None:
                 return None
-            self._drop(idle)
+            self._give_up(idle)
         return self._free.pop()
+
+    def _give_up(self, session: str) -> None:
+        known = self._sessions[session]
+        aside = self._state(known) if self._config.deterministic else None
+        self._drop(session)
+        if aside is not None:
+            self._sessions[session] = _Session(-1, known.ids, aside)
+
+    def _state(self, known: _Session) -> Cache:
+        """The state kept aside, or a copy of the row's."""
+        return known.aside or self._cache.select(torch.tensor([known.row]), len(known.ids))
 
     def _drop(self, session: str) -> None:
         known = self._sessions.pop(session, None)
-        if known is not None:
+        if known is not None and known.row >= 0:
             self._cache.clear(known.row)
             self._free.append(known.row)
 
@@ -197,12 +173,10 @@ class HybridEngine:
 
     # -- compute, in a thread
 
-    async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
-
     @torch.inference_mode()
     def _compute(self, admitted: list[Request]) -> None:
         """Prefill what was admitted, then up to `burst` decode steps of everything active."""
+        self._switch()
         self._prefill(admitted)
         active = [request for request in self._active if request.finish is None]
         if not active:
@@ -274,6 +248,9 @@ class HybridEngine:
         model = empty(self._network)
         model.load_weights(weights)
         return model.eval()
+
+    def _use(self, built: Hybrid) -> None:
+        self._model = built
 
 
 def empty(config: ModelConfig) -> Hybrid:

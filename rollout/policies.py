@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from palaestra.gym.registry import UsageError
-from palaestra.model.checkpoint import CheckpointError, load, tokenizer_hash
+from palaestra.model.checkpoint import CheckpointError, load, locate, tokenizer_hash
 from palaestra.model.renderer import NemotronRenderer
 from palaestra.model.tokenizer import Tokenizer
 from palaestra.rollout.hybrid_engine import HybridEngine
@@ -15,8 +13,8 @@ SLOTS, CONTEXT = 32, 4096
 
 
 def model(path: str) -> TokenPolicy:
-    """A checkpoint folder of ours, played on the NVFP4 values of its weights. Raises UsageError."""
-    folder = Path(path)
+    """A checkpoint folder of ours, or one that ships, played on the NVFP4 values of its weights. Raises UsageError."""
+    folder = locate(path)
     try:
         network = load(folder)
     except CheckpointError as error:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -87,7 +87,7 @@ class Tasks:
         """Move the cursor there."""
         self._epoch, self._position, self._fruitful = state["epoch"], state["position"], state["fruitful"]
         self._tasks = self._spec.tasks("train", self._seed + self._epoch)
-        next(islice(self._tasks, self._position, self._position), None)
+        next(itertools.islice(self._tasks, self._position, self._position), None)
 
 
 def shares(weights: Mapping[str, float], total: int) -> dict[str, int]:
@@ -144,7 +144,20 @@ def work(draw: Draw, round_number: int, task: Task, sample: int, attempt: int) -
     )
 
 
-async def played(player: Player, work: Work) -> Episode:
+async def played(
+    player: Player, draw: Draw, round_number: int, task: Task, sample: int, retried: Counter[str]
+) -> Episode:
+    """One episode, played again as often as its outcome's rule allows; `retried` counts the causes."""
+    for attempt in itertools.count():
+        episode = await _attempt(player, work(draw, round_number, task, sample, attempt))
+        cause = episode.outcome.cause
+        if attempt >= RULES[cause].retries:
+            return episode
+        retried[cause.value] += 1
+    raise AssertionError("unreachable")
+
+
+async def _attempt(player: Player, work: Work) -> Episode:
     """Play one attempt; where its player died, an episode without a score that says so."""
     try:
         return await player.play(work)
@@ -249,17 +262,9 @@ class Pool:
                 round.running[place] = asyncio.create_task(self._play(round, *place))
 
     async def _play(self, round: _Round, index: int, sample: int) -> None:
-        """Play one episode, again as often as its outcome's rule allows."""
         task = round.tasks[index]
-        attempt = 0
-        while True:
-            episode = await played(self._player, work(self._draw, round.number, task, sample, attempt))
-            cause = episode.outcome.cause
-            if attempt >= RULES[cause].retries:
-                break
-            attempt += 1
-            self.retried[cause.value] += 1
-        self.outcomes[task.environment, cause.value] += 1
+        episode = await played(self._player, self._draw, round.number, task, sample, self.retried)
+        self.outcomes[task.environment, episode.outcome.cause.value] += 1
         round.done[index, sample] = episode
         del round.running[index, sample]
 

@@ -1,15 +1,13 @@
-"""A generation under way, as every engine keeps it, and the thread that engines compute in."""
+"""A generation under way, as every engine keeps it."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from palaestra.gym.outcome import Cause, Failure
@@ -99,9 +97,3 @@ def fail(requests: Sequence[Request], error: Exception) -> None:
         if not request.future.done():
             text = f"the engine broke: {type(error).__name__}: {error}"
             request.future.set_exception(Failure(Cause.MODEL_SERVER, text))
-
-
-def compute_thread() -> ThreadPoolExecutor:
-    """One thread for all of an engine's compute, with the creator's number of torch threads. A fresh thread would start
-    with OpenMP's own number, and a matrix product's rounding depends on it."""
-    return ThreadPoolExecutor(1, "palaestra-engine", torch.set_num_threads, (torch.get_num_threads(),))

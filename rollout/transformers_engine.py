@@ -7,101 +7,55 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from palaestra.gym.types import Generation, Sampling
 from palaestra.model.foreign import Foreign
 from palaestra.rollout.engine import WeightSource
-from palaestra.rollout.requests import Request, compute_thread, draw_for, fail
+from palaestra.rollout.local_engine import LocalEngine
+from palaestra.rollout.requests import Request, draw_for, fail
 
 
-class TransformersEngine:
+class TransformersEngine(LocalEngine[list[tuple[str, Tensor]]]):
     """At most `slots` conversations a batch (1 in a deterministic run: a row owes nothing to its neighbours), of at
     most `context` tokens each."""
 
     def __init__(self, model: Foreign, slots: int, context: int, deterministic: bool = False) -> None:
+        super().__init__(context)
         self._model = model
         self._slots = 1 if deterministic else slots
-        self._context = context
-        self._prepared: tuple[int, list[tuple[str, Tensor]]] | None = None
-        self._committing: tuple[int, list[tuple[str, Tensor]]] | None = None
-        self.version = 0
-        self._waiting: list[Request] = []
-        self._batch: list[Request] = []
-        self._loop: asyncio.Task[None] | None = None
-        self._thread = compute_thread()
-        self._counts = {"drawn": 0, "prefilled": 0, "steps": 0}
-        self._busy = 0.0
-
-    async def generate(self, ids: Sequence[int], sampling: Sampling, session: str) -> Generation:
-        """See Engine.generate."""
-        request = Request.of(ids, sampling, session, self._context)
-        self._waiting.append(request)
-        if self._loop is None or self._loop.done():
-            self._loop = asyncio.create_task(self._run())
-        return await request.result()
 
     async def fork(self, session: str, new: str) -> None:
         """Nothing is kept between calls, so there is nothing to copy."""
-
-    async def cancel(self, session: str) -> None:
-        """See Engine.cancel."""
-        for request in [*self._waiting, *self._batch]:
-            if request.session == session and request.finish is None:
-                request.finish = "cancelled"
 
     async def release(self, session: str) -> None:
         """See Engine.release."""
         await self.cancel(session)
 
     async def prepare(self, weights: WeightSource, version: int) -> None:
-        """See Engine.prepare."""
+        """See Engine.prepare. Not in the thread, which a whole batch may hold."""
         self._prepared = (version, list(weights))
 
-    async def commit(self, version: int) -> None:
-        """See Engine.commit. Takes effect between two steps of a batch."""
-        if self._prepared is None or self._prepared[0] != version:
-            ready = None if self._prepared is None else self._prepared[0]
-            raise ValueError(f"commit({version}): prepared is {ready}; call prepare(weights, {version}) first")
-        self._committing, self._prepared = self._prepared, None
-        if not self._batch:
-            await self._in_thread(self._switch)
-
-    def stats(self) -> Mapping[str, Any]:
-        """See Engine.stats."""
-        return {**self._counts, "sessions": 0, "version": self.version, "busy": self._busy}
-
-    async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
-
     async def _run(self) -> None:
-        """Batches of waiting requests, those of like length together, until none waits."""
+        """Batches of waiting requests, first come first served, until none waits."""
         try:
             while self._waiting:
                 await asyncio.sleep(0)
-                self._waiting.sort(key=lambda request: len(request.ids))
-                self._batch, self._waiting = self._waiting[: self._slots], self._waiting[self._slots :]
+                self._active, self._waiting = self._waiting[: self._slots], self._waiting[self._slots :]
                 started = time.monotonic()
-                await self._in_thread(self._play, self._batch)
+                await self._in_thread(self._play, self._active)
                 self._busy += time.monotonic() - started
-                for request in self._batch:
+                for request in self._active:
                     request.answer()
-                self._batch = []
+                self._active = []
                 await asyncio.sleep(0)
         except Exception as error:
-            fail([*self._waiting, *self._batch], error)
-            self._waiting, self._batch = [], []
+            fail([*self._waiting, *self._active], error)
+            self._waiting, self._active = [], []
 
-    def _switch(self) -> None:
-        committing, self._committing = self._committing, None
-        if committing is not None:
-            version, weights = committing
-            self._model.load_weights(weights)
-            self.version = version
+    def _use(self, built: list[tuple[str, Tensor]]) -> None:
+        self._model.load_weights(built)
 
     @torch.inference_mode()
     def _play(self, requests: list[Request]) -> None:

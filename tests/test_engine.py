@@ -65,8 +65,6 @@ async def test_logprobs_are_those_of_a_full_forward_pass_through_turns_and_evict
             )
             assert generation.finish_reason == "length"
             ids = [*ids, 5, 6, number]
-        if deterministic:  # it gives no row up for another
-            await engine.release(f"s{number}")
 
     await asyncio.wait_for(asyncio.gather(*(talk(n, ids) for n, ids in enumerate(prompts(15)))), 60)
 
@@ -88,6 +86,26 @@ async def test_a_deterministic_engine_draws_the_same_whatever_shares_its_batch()
         return drawn
 
     assert await play(list(range(8))) == await play([5, 1, 7, 0, 2, 6, 3, 4])
+
+
+async def test_a_deterministic_engine_draws_the_same_whether_or_not_a_row_is_given_up_meanwhile():
+    async def play(slots: int) -> list[list[int]]:
+        engine = HybridEngine(model(), EngineConfig(slots=slots, deterministic=True, burst=2))
+        talks, seen = prompts(4), []
+
+        async def turn(n: int, session: str, seed: int) -> None:
+            new = await asyncio.wait_for(engine.generate(talks[n], Sampling(max_tokens=6, seed=seed), session), 60)
+            talks[n] = [*talks[n], *new.ids.tolist(), 3]
+            seen.append([n, seed, *new.logprobs.view(np.int32).tolist()])
+
+        for seed in range(3):
+            await asyncio.gather(*(turn(n, f"s{n}", seed) for n in range(4)))
+        await engine.fork("s0", "twin")
+        await turn(0, "twin", 9)
+        assert engine.stats()["sessions"] == 5  # none was released
+        return sorted(seen)
+
+    assert await play(1) == await play(2) == await play(8)
 
 
 async def test_a_session_costs_only_its_new_tokens_and_a_shared_prompt_is_computed_once():

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import json
+from functools import partial
 
 import numpy as np
 import pytest
+import ray
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from palaestra.gym.episode import Bounds
 from palaestra.gym.outcome import Failure
 from palaestra.gym.registry import UsageError
 from palaestra.gym.types import Message, Sampling, ToolCall
 from palaestra.model import tokenizer as ours
 from palaestra.model.foreign import Foreign
 from palaestra.model.template import TemplateRenderer
+from palaestra.rollout.actors import Cluster, RemoteEngine
+from palaestra.rollout.hybrid_engine import EngineConfig
 from palaestra.rollout.policies import transformers as policy_of
 from palaestra.rollout.transformers_engine import TransformersEngine
 from palaestra.trainer import metrics
-from palaestra.trainer.assembly import assemble
+from palaestra.trainer.assembly import assemble, foreign_engine
 from palaestra.trainer.loop import Run, prepare, train
 from palaestra.trainer.recipe import load
 
@@ -42,7 +47,7 @@ LAST_THINKS = (  # the last reply alone shows that it was not thought about, as 
 TOOL = {"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {"properties": {}}}}
 
 
-def write(folder, template=CHATML, seed=0):
+def write(folder, template=CHATML, seed=0, eos="<|im_end|>"):
     """A small Llama with our vocabulary and a chat template, as a Hugging Face folder."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -58,7 +63,7 @@ def write(folder, template=CHATML, seed=0):
     LlamaForCausalLM(config).save_pretrained(folder)
     source = ours.Tokenizer.load()._inner
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=source, eos_token="<|im_end|>", additional_special_tokens=list(ours.HEADS.values())
+        tokenizer_object=source, eos_token=eos, additional_special_tokens=list(ours.HEADS.values())
     )
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
@@ -92,6 +97,18 @@ async def test_logprobs_are_those_of_a_full_forward_pass(model, deterministic):
         assert len(drawn.ids) == 2 + 3 * number
 
     await asyncio.wait_for(asyncio.gather(*(talk(n, ids) for n, ids in enumerate(prompts))), 60)
+
+
+async def test_first_come_is_first_served_however_long(model):
+    engine = TransformersEngine(model, slots=1, context=64)
+    finished = []
+
+    async def ask(length):
+        await engine.generate(list(range(30, 30 + length)), Sampling(max_tokens=2, seed=1), f"s{length}")
+        finished.append(length)
+
+    await asyncio.wait_for(asyncio.gather(*(ask(length) for length in (40, 3, 20, 1))), 60)
+    assert finished == [40, 3, 20, 1]
 
 
 async def test_an_update_in_flight_stops_cancellation_and_a_context_that_is_too_long(model, folder):
@@ -184,6 +201,12 @@ def test_what_cannot_be_used_is_refused_by_name(tmp_path, folder):
     mute = write(tmp_path / "mute", template=None)
     with pytest.raises(UsageError, match="no chat template"):
         policy_of(str(mute))
+    named = write(tmp_path / "named", template={"default": CHATML, "tool_use": WITH_TOOLS})
+    with pytest.raises(UsageError, match=r"named: .*several chat templates \(default, tool_use\)"):
+        policy_of(str(named))
+    endless = write(tmp_path / "endless", eos=None)
+    with pytest.raises(UsageError, match=r"endless: .*no eos token.*tokenizer_config\.json"):
+        policy_of(str(endless))
     broken = write(tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(UsageError, match="cannot be loaded"):
@@ -256,6 +279,31 @@ def test_a_foreign_model_is_trained_by_the_same_trainer(tmp_path, folder, stage)
     again.save(tmp_path / "run" / "model")  # a second time, as a resumed run does
     again = Foreign.load(str(tmp_path / "run" / "model"))
     assert not torch.equal(again.inner.lm_head.weight, Foreign.load(str(folder)).inner.lm_head.weight)
+
+
+@pytest.mark.slow
+def test_a_policy_actor_answers_with_a_foreign_models_delivered_weights(tmp_path, folder):
+    other = Foreign.load(str(write(tmp_path / "other", seed=1)))
+    build = partial(foreign_engine, str(folder), EngineConfig(slots=4, context=64))
+
+    async def run():
+        cluster = Cluster({}, build, None, Bounds())
+        try:
+            await cluster.deliver(dict(other.weights()), 3)
+            return await RemoteEngine(cluster.policy).generate([30, 31], Sampling(max_tokens=8, seed=1), "s")
+        finally:
+            await cluster.close()
+
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        drawn = asyncio.run(run())
+    finally:
+        ray.shutdown()
+    assert drawn.versions == ((3, 8),)
+    here = TransformersEngine(other, slots=4, context=64)
+    expected = asyncio.run(here.generate([30, 31], Sampling(max_tokens=8, seed=1), "s"))
+    assert drawn.ids.tolist() == expected.ids.tolist()
+    np.testing.assert_allclose(drawn.logprobs, expected.logprobs, atol=1e-5)
 
 
 def test_nvfp4_has_no_effect_on_a_foreign_model_and_is_refused(tmp_path, folder):

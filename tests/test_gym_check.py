@@ -18,7 +18,7 @@ from palaestra.gym.fuzz import valid_calls
 from palaestra.gym.leftovers import holdings, marked
 from palaestra.gym.registry import UsageError, spec
 
-SOUND = """
+SOUND = '''
 import asyncio, itertools, os, random, subprocess, threading, time
 from pydantic import BaseModel
 from palaestra.gym.environment import Environment, ToolError, reward, tool
@@ -38,6 +38,7 @@ class Doubling(Environment):
 
     @tool
     def double(self, number: int) -> int:
+        """Double a number."""
         return 2 * number
 
     @reward
@@ -47,9 +48,35 @@ class Doubling(Environment):
     def solution(self, task):
         call = ToolCall(id="", name="double", arguments='{"number": %d}' % task.data["number"])
         return [Message(role="assistant", tool_calls=(call,)), Message(role="assistant", content=task.data["answer"])]
-"""
+'''
 
 BROKEN = {
+    "a tool's parameter has no type": (
+        "tools",
+        "the tool double: its parameter number has no type; annotate it (number: str)",
+        """
+    @tool
+    def double(self, number):
+        return 2 * int(number)
+""",
+    ),
+    "a tool has no docstring": (
+        "tools",
+        "the tool double has no docstring",
+        """
+    @tool
+    def double(self, number: int) -> int:
+        return 2 * number
+""",
+    ),
+    "the solution is a number": (
+        "gold",
+        "(int); return a str, or a list of Messages",
+        """
+    def solution(self, task):
+        return 2 * task.data["number"]
+""",
+    ),
     "gold fails": (
         "gold",
         "gold earned 0, not the full 1",
@@ -289,13 +316,18 @@ async def test_an_environment_without_a_reward_is_named_and_checked_to_the_end(t
     path = tmp_path / "mute.py"
     path.write_text(SOUND.replace("    @reward\n", ""))
     findings = await check(spec(str(path)), 2, 2.0)
-    assert any("has no @reward" in finding.message for finding in findings)
+    messages = {finding.check: finding.message for finding in findings}
+    assert "has no @reward" in messages["gold"]
+    assert messages["differing gold"] == "skipped: the environment has no @reward of positive weight"
+    assert not [message for message in messages.values() if "full 0" in message or "no solution" in message]
     assert findings[-1].check == "shut"
 
 
 async def test_a_solution_that_raises_is_named(tmp_path):
     findings = await check(spec(write(tmp_path, "\n    def solution(self, task):\n        return task.data['gold']\n")))
-    assert any("solution(task) raised KeyError: gold" in finding.message for finding in findings)
+    messages = {finding.check: finding.message for finding in findings}
+    assert f"solution(task) raised KeyError: gold ({tmp_path}/doubling.py, line " in messages["gold"]
+    assert messages["isolation"] == "skipped: solution(task) is at fault"
 
 
 def test_fuzzed_arguments_fit_their_schema():

@@ -13,6 +13,7 @@ import typer
 from loopback import Server, adds
 
 from palaestra.gym import cli
+from palaestra.gym.outcome import Cause, Failure
 from palaestra.gym.registry import UsageError
 
 COMMAND = Path(sys.executable).with_name("palaestra")
@@ -114,6 +115,7 @@ def sums(tmp_path, monkeypatch):
         (["eval", "--policy", "nul", "--env", "sums.py"], "did you mean 'null'"),
         (["eval", "--policy", "null", "--env", "sums.py", "environments.x.config.a=1"], "ALIAS of ['sums']"),
         (["eval", "--policy", "null", "--env", "sums.py", "--split", "nowhere"], "no tasks in split 'nowhere'"),
+        (["eval", "--policy", "null", "--env", "no.py"], "no.py is looked for in the working folder"),
     ],
 )
 def test_an_error_is_one_clear_line_and_a_status(arguments, text, sums, capsys):
@@ -148,6 +150,29 @@ def test_too_many_unscored_rows_or_episodes_fail_with_a_status(sums, capsys, tmp
         cli.main(["eval", "--policy", "null", "--env", "sums.py", "-n", "2"])
     assert end.value.code == 1
     assert "2 of 2 episodes are unscored" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["env", "play"], ["eval", "--env"]])
+def test_a_solution_that_is_a_number_is_named(command, sums, capsys):
+    sums.write_text(sums.read_text().replace('return task.data["answer"]', 'return int(task.data["answer"])'))
+    with pytest.raises(SystemExit):
+        cli.main([*command, "sums.py", "--policy", "scripted:gold"])
+    text = capsys.readouterr().err.splitlines()[-1]
+    assert text.startswith("palaestra: Sums: solution(task) returned ")
+    assert text.endswith(" (int); return a str, or a list of Messages")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (Failure(Cause.TOOLS, "the index\nis gone"), "tools: the index is gone"),
+        (PermissionError(13, "Permission denied", "a/b"), "a/b: Permission denied (PALAESTRA_TRACEBACK=1 shows where)"),
+        (FileNotFoundError("no file x"), "no file x (PALAESTRA_TRACEBACK=1 shows where)"),
+        (ZeroDivisionError("by\nzero"), "ZeroDivisionError: by zero (PALAESTRA_TRACEBACK=1 shows where)"),
+    ],
+)
+def test_our_own_and_the_systems_errors_are_told_without_a_type(error, text):
+    assert cli.told(error) == text
 
 
 def test_tasks_are_listed_shown_and_played(sums, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import math
@@ -223,3 +224,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 async def test_a_folder_that_cannot_be_made_is_named(file, tmp_path):
     with pytest.raises(UsageError, match="cannot write"):
         await evaluate(contest(file, {"p": Fixed("3")}), file / "out")
+
+
+async def test_a_fatal_error_leaves_no_episode_running(file, tmp_path):
+    def fail(done, total, row):
+        if row is not None:
+            raise UsageError("the screen is gone")
+
+    with pytest.raises(UsageError, match="the screen is gone"):
+        await evaluate(contest(file, {"p": Fixed("3")}, concurrency=2), tmp_path, fail)
+    assert asyncio.all_tasks() == {asyncio.current_task()}

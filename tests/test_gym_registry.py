@@ -117,7 +117,7 @@ def test_installed_environments_are_described_without_importing_them():
         ("mth", "did you mean 'math'"),
         ("no.such.module:X", "cannot import no.such.module"),
         ("palaestra.gym.environment:Environmnt", "no Environment named 'Environmnt'"),
-        ("nowhere/x.py:X", "cannot read the environment file nowhere/x.py"),
+        ("nowhere/x.py:X", r"the environment file /.*/nowhere/x.py: No such file .*\(nowhere/x.py is looked for"),
     ],
 )
 def test_a_wrong_reference_names_the_fix_in_one_line(ref, text):
@@ -130,7 +130,8 @@ def test_a_wrong_reference_names_the_fix_in_one_line(ref, text):
     ("source", "text"),
     [
         ("x = (", "cannot be loaded: SyntaxError"),
-        ("import no_such_thing", "No module named 'no_such_thing'"),
+        ("import no_such_thing", r"No module named 'no_such_thing' \(.*/wrong.py, line 1\)"),
+        ("import json\njson.loads('')", r"Expecting value.*\(.*/wrong.py, line 2\)"),
         ("x = 1", "no Environment"),
         (FILE + "\nclass Two(Environment): pass", "name the class"),
     ],
@@ -155,3 +156,10 @@ def test_an_empty_split_is_named(tmp_path):
     path.write_text("from palaestra.gym.environment import Environment\nclass E(Environment):\n    tasks = ()\n")
     with pytest.raises(UsageError, match="no tasks in split 'train'"):
         list(spec(str(path)).tasks("train", 0))
+
+
+def test_an_error_in_a_task_generator_is_shown_with_its_place(file):
+    file.write_text(FILE.replace("    for n in range(3):", "    for n in range(int('three')):"))
+    line = next(number for number, text in enumerate(file.read_text().splitlines(), 1) if "three" in text)
+    with pytest.raises(UsageError, match=rf"tasks of split 'train': ValueError: .*'three' \({file}, line {line}\)$"):
+        next(spec(str(file)).tasks("train", 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 
@@ -146,3 +147,12 @@ def test_files_are_read_and_written_whole(counter, tmp_path):
     save(out, [])
     assert out.read_text() == ""
     assert [path.name for path in out.parent.iterdir()] == ["out.jsonl"]
+
+
+async def test_a_fatal_error_leaves_no_row_being_judged(counter):
+    def fail(_):
+        raise UsageError("the disk is full")
+
+    with pytest.raises(UsageError, match="the disk is full"):
+        await score_rows(counter, [{"start": 1, "reply": "1"}] * 20, 2, fail)
+    assert asyncio.all_tasks() == {asyncio.current_task()}

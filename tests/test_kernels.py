@@ -29,7 +29,7 @@ def exact(weight: torch.Tensor) -> list[list[Fraction]]:
     largest = max(abs(value) for row in rows for value in row)
     scale2 = Fraction(1)
     if largest:
-        exponent = math.frexp(float(largest))[1] - 20
+        exponent = max(math.frexp(float(largest))[1] - 20, -116)  # the floor that kernels/nvfp4.py names
         while Fraction(2) ** exponent < largest / 2688:
             exponent += 1
         scale2 = Fraction(2) ** exponent

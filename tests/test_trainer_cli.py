@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
+from pyarrow import parquet
 from typer.testing import CliRunner
 
 from palaestra.gym.outcome import Cause, Failure
@@ -52,8 +53,24 @@ def test_a_run_ends_with_a_line_for_each_environment(command, tmp_path):
     folder = tmp_path / "runs" / "toy"
     assert json.loads((folder / "recipe.json").read_text())["name"] == "toy"
     assert "torch" in json.loads((folder / "versions.json").read_text())
+    assert f"report: {folder / 'report.html'}" in done.output
+    rows = parquet.read_table(folder / "episodes" / "rl-000000.parquet").to_pylist()
+    assert len(rows) == 16
+    assert {"round", "sample", "environment", "key", "reward", "advantage", "messages"} <= set(rows[0])
+    assert json.loads(rows[0]["messages"])[-1]["role"] == "assistant"
+    for name in ("before-mean", "before-greedy", "after-mean", "after-greedy"):
+        assert parquet.read_metadata(folder / "episodes" / f"{name}.parquet").num_rows == 6
+    ended = command("stages.rl.steps=1", "evaluation.tasks=3", "--resume")
+    assert "the latest run toy has ended" in str(ended.exception)
     assert command("stages.rl.steps=1", "evaluation.tasks=0").exit_code == 0
     assert (tmp_path / "runs" / "toy-2" / "summary.json").exists()
+
+
+def test_a_run_without_a_signal_says_that_it_learned_nothing(command, tmp_path):
+    (tmp_path / "world.py").write_text(toy.WORLD.replace("if drawn else 0.0", "* 0 if drawn else 0.0"))
+    done = command("stages.rl.steps=1", "evaluation.tasks=0")
+    assert done.exit_code == 0, done.output
+    assert "nothing was learned" in done.output
 
 
 @pytest.mark.parametrize(
@@ -110,9 +127,10 @@ def test_an_evaluation_plays_what_was_lost_again_and_stops_where_too_much_is(com
     recipe = load(str(tmp_path / "toy.toml"))
     tasks = {"toy": [Task(key=str(number), prompt="p", environment="toy") for number in range(4)]}
     player = Lossy(2)
-    scores, sampled = asyncio.run(evaluation.evaluate(player, tasks, recipe))
-    assert scores["toy"] == {mode: dict.fromkeys("0123", 1.0) for mode in ("mean", "greedy")}
-    assert len(sampled) == 4
+    found = asyncio.run(evaluation.evaluate(player, tasks, recipe))
+    assert found.scores["toy"] == {mode: dict.fromkeys("0123", 1.0) for mode in ("mean", "greedy")}
+    assert {mode: len(played) for mode, played in found.episodes.items()} == {"mean": 4, "greedy": 4}
+    assert sum(found.retried.values()) == 2 * 4 * 2
     assert len(player.works) == 2 * 4 * 3
     with pytest.raises(PoolError, match="4 of 4 episodes of the evaluation have no score; the first: the actor died"):
         asyncio.run(evaluation.evaluate(Lossy(3), tasks, recipe))

@@ -11,11 +11,11 @@ import numpy as np
 from palaestra.model import checkpoint
 from palaestra.model.tokenizer import Tokenizer
 from palaestra.trainer import evaluation
-from palaestra.trainer.assembly import SHIPPED, assemble
+from palaestra.trainer.assembly import assemble
 from palaestra.trainer.loop import prepare
 from palaestra.trainer.recipe import load
 
-FOLDER = SHIPPED / "warmstart"
+FOLDER = checkpoint.locate("warmstart")
 MEGABYTES = 8
 
 
@@ -37,7 +37,7 @@ def test_the_quickstart_begins_between_little_and_much():
         stack = assemble(recipe, specs, prepare(recipe))
         try:
             await stack.deliver(dict(stack.model.weights()), 0)
-            return (await evaluation.evaluate(stack.player, evaluation.held_out(specs, recipe), recipe))[0]
+            return (await evaluation.evaluate(stack.player, evaluation.held_out(specs, recipe), recipe)).scores
         finally:
             await stack.close()
 

@@ -29,7 +29,6 @@ from palaestra.trainer.recipe import FOREIGN, Recipe
 
 TOKEN = Path.home() / ".ray" / "auth_token"
 """What `ray start` has its clusters ask for."""
-SHIPPED = Path(__file__).parent / "assets"
 
 
 def model(recipe: Recipe, tokenizer: Tokenizer) -> Hybrid:
@@ -43,7 +42,7 @@ def model(recipe: Recipe, tokenizer: Tokenizer) -> Hybrid:
             raise UsageError(f"model: no preset {name!r}: {suggest(name, PRESETS)}")
         config = PRESETS[name]
         return Hybrid(config if recipe.nvfp4 else config.model_copy(update={"nvfp4": ()}))
-    folder = SHIPPED / recipe.model if (SHIPPED / recipe.model).is_dir() else Path(recipe.model)
+    folder = checkpoint.locate(recipe.model)
     if not folder.is_dir():
         raise UsageError(f"model: there is no checkpoint folder {recipe.model}; give one, or preset:NAME")
     loaded = checkpoint.load(folder)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from palaestra.gym import files
 from palaestra.gym.registry import UsageError
 
 if TYPE_CHECKING:
@@ -17,14 +18,16 @@ if TYPE_CHECKING:
     from palaestra.trainer.recipe import Recipe
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-HEAD = ("versions.json", ".versions.json.partial", ".recipe.json.partial")
+HEAD = ("versions.json", "versions.json.part", "recipe.json.part")
 """What a run that could not begin may leave behind."""
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="a shipped recipe (quickstart, warmstart) or FILE.toml")],
+    recipe: Annotated[
+        str, typer.Argument(help="a shipped recipe (quickstart, warmstart, control, smollm2) or FILE.toml")
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="the value is TOML")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with an unfinished run")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with an unfinished run, or begin it")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check the recipe, print it, train nothing")] = False,
     runs: Annotated[Path, typer.Option(help="where run folders lie")] = Path("runs"),
 ) -> None:
@@ -39,8 +42,9 @@ def train(
     if dry_run:
         typer.echo(resolved.model_dump_json(indent=1))
         return
-    summary = asyncio.run(_run(resolved, specs, folder_of(resolved, runs, resume), resume))
-    _show(summary)
+    folder = folder_of(resolved, runs, resume)
+    typer.echo(f"{folder}: metrics, checkpoints and episodes; report.html at the end")
+    _show(asyncio.run(_run(resolved, specs, folder, resume)), folder)
 
 
 def checked_specs(recipe: Recipe) -> dict[str, EnvironmentSpec]:
@@ -58,8 +62,8 @@ def checked_specs(recipe: Recipe) -> dict[str, EnvironmentSpec]:
 def folder_of(recipe: Recipe, runs: Path, resume: bool) -> Path:
     """The run's folder: `runs/NAME`; a finished run is never overwritten (NAME-2).
 
-    Raises UsageError for an unfinished one without `resume`, for a resumed one whose recipe has changed or is damaged,
-    and for a folder that holds something else.
+    Raises UsageError for an unfinished one without `resume`, for a resumed one that has ended or whose recipe has
+    changed or is damaged, and for a folder that holds something else.
     """
     number = 1
     while (
@@ -73,6 +77,8 @@ def folder_of(recipe: Recipe, runs: Path, resume: bool) -> Path:
         if _read(written) != json.loads(recipe.model_dump_json()):
             raise UsageError(f"{written} differs from the recipe given; resume with the same recipe and overrides")
         return folder
+    if resume and number > 1:
+        raise UsageError(f"the latest run {recipe.name} has ended; without --resume a new one begins in {folder}")
     if folder.exists() and any(path.name not in HEAD for path in folder.iterdir()):
         raise UsageError(f"{folder} is no run (it has no recipe.json); move it away, or choose another name=...")
     return folder
@@ -107,11 +113,8 @@ async def _run(recipe: Recipe, specs: dict[str, Any], folder: Path, resume: bool
 def write_head(folder: Path, recipe: Recipe, versions: dict[str, str]) -> None:
     """Write the resolved recipe and the versions. Raises UsageError (a full disk, say)."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for name, text in (("versions.json", json.dumps(versions)), ("recipe.json", recipe.model_dump_json(indent=1))):
-            staged = folder / f".{name}.partial"
-            staged.write_text(text + "\n")
-            staged.replace(folder / name)
+            files.replace(folder / name, f"{text}\n".encode())
     except OSError as error:
         raise cannot_write(folder, error) from None
 
@@ -124,7 +127,10 @@ def cannot_write(folder: Path, error: OSError) -> UsageError:
     )
 
 
-def _show(summary: dict[str, Any]) -> None:
+def _show(summary: dict[str, Any], folder: Path) -> None:
+    """The gains, where to look, and a word if there was nothing to learn from."""
+    from palaestra.trainer.metrics import read, signal_seen
+
     for name, part in summary["environments"].items():
         gain = part["gain"]
         typer.echo(
@@ -132,3 +138,6 @@ def _show(summary: dict[str, Any]) -> None:
             f"({gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]; "
             f"greedy {part['before']['greedy']:.3f} -> {part['after']['greedy']:.3f}; {part['tasks']} held-out tasks)"
         )
+    if not signal_seen(read(folder / "metrics.jsonl")):
+        typer.echo("nothing was learned: in no step did two episodes of a task differ in return; choose easier tasks")
+    typer.echo(f"report: {folder / 'report.html'}")

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from palaestra.gym.outcome import RULES
 from palaestra.gym.registry import EnvironmentSpec
 from palaestra.gym.types import Episode, Sampling, Scored, Task
-from palaestra.rollout.pool import Draw, PoolError, played, work
+from palaestra.rollout.pool import Draw, PoolError, played
 from palaestra.rollout.worker import Player
 from palaestra.trainer.recipe import Recipe
 
 Scores = dict[str, dict[str, dict[str, float]]]
 """Environment -> "mean" (temperature 1) or "greedy" -> task key -> return; tasks without a score are absent."""
+
+
+class Evaluation(NamedTuple):
+    """Held-out scores, the episodes behind them by mode, and how many were played again by cause."""
+
+    scores: Scores
+    episodes: dict[str, list[Episode]]
+    retried: Counter[str]
+
 
 MODES = {"mean": 1.0, "greedy": 0.0}
 Z95 = 1.959964
@@ -31,38 +39,45 @@ def held_out(specs: Mapping[str, EnvironmentSpec], recipe: Recipe) -> dict[str, 
     return {name: list(islice(spec.tasks("held-out", plan.seed), plan.tasks)) for name, spec in specs.items()}
 
 
-async def evaluate(player: Player, tasks: Mapping[str, list[Task]], recipe: Recipe) -> tuple[Scores, list[Episode]]:
-    """Play every task once a mode. Before and after draw with the same seeds. Also returns the sampled episodes.
+async def evaluate(player: Player, tasks: Mapping[str, list[Task]], recipe: Recipe) -> Evaluation:
+    """Play every task once a mode. Before and after draw with the same seeds.
 
     Raises PoolError where more of them than `pool.lost_share` have no score.
     """
-    gate = asyncio.Semaphore(recipe.evaluation.concurrency)
-    scores: Scores = {}
-    sampled: list[Episode] = []
+    found = Evaluation({name: {} for name in tasks}, {}, Counter())
+    flat = [task for part in tasks.values() for task in part]
     for mode, temperature in MODES.items():
         sampling = Sampling(temperature=temperature, max_tokens=recipe.rollout.max_tokens)
         draw = Draw(recipe.seed, f"evaluation-{mode}", sampling)
-        flat = [task for found in tasks.values() for task in found]
-        episodes = await asyncio.gather(*(_play(player, gate, draw, task) for task in flat))
+        episodes = await _play_all(player, flat, draw, recipe.evaluation.concurrency, found.retried)
         _judge_losses(episodes, recipe.pool.lost_share)
-        sampled += episodes if mode == "mean" else []
+        found.episodes[mode] = episodes
         for name in tasks:
-            scores.setdefault(name, {})[mode] = {
+            found.scores[name][mode] = {
                 episode.task.key: episode.result.value
                 for episode in episodes
                 if episode.task.environment == name and isinstance(episode.result, Scored)
             }
-    return scores, sampled
+    return found
 
 
-async def _play(player: Player, gate: asyncio.Semaphore, draw: Draw, task: Task) -> Episode:
-    """One episode, played again as often as its outcome's rule allows."""
-    async with gate:
-        for attempt in itertools.count():
-            episode = await played(player, work(draw, 0, task, 0, attempt))
-            if attempt >= RULES[episode.outcome.cause].retries:
-                return episode
-    raise AssertionError("unreachable")
+async def _play_all(
+    player: Player, tasks: Sequence[Task], draw: Draw, concurrency: int, retried: Counter[str]
+) -> list[Episode]:
+    """An episode of each task, in their order. Where one raises, the others are cancelled first."""
+    gate = asyncio.Semaphore(concurrency)
+
+    async def play(task: Task) -> Episode:
+        async with gate:
+            return await played(player, draw, 0, task, 0, retried)
+
+    running = [asyncio.create_task(play(task)) for task in tasks]
+    try:
+        return await asyncio.gather(*running)
+    finally:
+        for one in running:
+            one.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
 
 
 def _judge_losses(episodes: list[Episode], share: float) -> None:
@@ -92,7 +107,14 @@ def summary(before: Scores, after: Scores, tasks: Mapping[str, Iterable[Task]]) 
             for level in sorted({task.difficulty for task in found})
         }
     gains = [part["gain"]["mean"] for part in environments.values()]
-    return {"schema_version": 1, "environments": environments, "levels": levels, "mean_gain": _mean(gains)}
+    unscored = {when: _unscored(scores, environments) for when, scores in (("before", before), ("after", after))}
+    measured = {"mean_gain": _mean(gains), "unscored": unscored}
+    return {"schema_version": 1, "environments": environments, "levels": levels, **measured}
+
+
+def _unscored(scores: Scores, environments: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """How many episodes of each environment have no score, over both modes."""
+    return {name: sum(part["tasks"] - len(scores[name][mode]) for mode in MODES) for name, part in environments.items()}
 
 
 def paired(before: Mapping[str, float], after: Mapping[str, float], keys: set[str] | None = None) -> dict[str, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,16 +14,17 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from palaestra.gym import files
 from palaestra.gym.registry import EnvironmentSpec, UsageError
 from palaestra.gym.types import Episode, Group, Sampling, Task
 from palaestra.rollout.pool import Draw, Pool
 from palaestra.rollout.worker import Player
-from palaestra.trainer import evaluation, metrics, report, state
+from palaestra.trainer import episodes, evaluation, metrics, report, state
 from palaestra.trainer.advantages import ADVANTAGES, Returns, permuted, returns
 from palaestra.trainer.batch import Batch, Sample, pack
 from palaestra.trainer.demonstrations import Demonstrations
 from palaestra.trainer.drills import Drills
-from palaestra.trainer.evaluation import Scores
+from palaestra.trainer.evaluation import Evaluation
 from palaestra.trainer.learner import Learner, LearnerConfig, Metrics
 from palaestra.trainer.recipe import Recipe, RlvrStage, SftStage, Stage
 
@@ -68,7 +68,7 @@ class Run:
     stack: Stack
     specs: dict[str, EnvironmentSpec]
     watch: Watch = lambda stage, step, steps, metrics: None
-    progress: dict[str, Any] = field(default_factory=lambda: {"stage": 0, "step": 0, "before": None})
+    progress: dict[str, Any] = field(default_factory=lambda: {"stage": 0, "step": 0, "before": None, "retried": {}})
 
 
 class Rlvr:
@@ -99,6 +99,8 @@ class Rlvr:
         )
         self._stage = stage
         self._seed = recipe.seed
+        self._folder = run.folder
+        self._name = name
         self.episodes: list[Episode] = []
 
     async def step(self, step: int) -> Metrics:
@@ -113,6 +115,7 @@ class Rlvr:
         measured = self.learner.step(batch)
         await self.pool.publish(self.learner.weights(), version=step + 1)
         self.episodes = [episode for group in groups for episode in group.episodes]
+        episodes.write(self._folder, f"{self._name}-{step:06d}", self.episodes, np.concatenate(values))
         seconds = time.monotonic() - started
         return {
             **metrics.describe(groups, values, step, batch.versions),
@@ -220,15 +223,15 @@ async def train(run: Run) -> dict[str, Any]:
     saved = _resume(run)
     tasks = evaluation.held_out(run.specs, run.recipe) if run.recipe.evaluation.tasks else {}
     if tasks and run.progress["before"] is None:
-        run.progress["before"], _ = await _evaluate(run, tasks)
+        before = await _evaluate(run, tasks, "before")
+        run.progress |= {"before": before.scores, "retried": dict(before.retried)}
     for number, (name, stage) in enumerate(run.recipe.stages.items()):
         if number >= run.progress["stage"]:
             await _train_stage(run, name, stage, saved)
             saved = None
             run.progress |= {"stage": number + 1, "step": 0, "elapsed": 0.0}
     run.stack.save_model(run.folder / "model")
-    after, sampled = await _evaluate(run, tasks) if tasks else ({}, [])
-    return _finish(run, tasks, after, sampled)
+    return _finish(run, tasks, await _evaluate(run, tasks, "after") if tasks else None)
 
 
 async def _train_stage(run: Run, name: str, stage: Stage, saved: dict[str, Any] | None) -> None:
@@ -257,26 +260,32 @@ async def _train_stage(run: Run, name: str, stage: Stage, saved: dict[str, Any] 
             await kind.close()
 
 
-async def _evaluate(run: Run, tasks: dict[str, list[Task]]) -> tuple[Scores, list[Episode]]:
+async def _evaluate(run: Run, tasks: dict[str, list[Task]], when: str) -> Evaluation:
     await run.stack.deliver(dict(run.stack.model.weights()), 0)
-    return await evaluation.evaluate(run.stack.player, tasks, run.recipe)
+    found = await evaluation.evaluate(run.stack.player, tasks, run.recipe)
+    for mode, played in found.episodes.items():
+        episodes.write(run.folder, f"{when}-{mode}", played)
+    return found
 
 
-def _finish(run: Run, tasks: dict[str, list[Task]], after: Scores, sampled: list[Episode]) -> dict[str, Any]:
-    summary = evaluation.summary(run.progress["before"], after, tasks) if tasks else {"environments": {}}
+def _finish(run: Run, tasks: dict[str, list[Task]], after: Evaluation | None) -> dict[str, Any]:
+    summary: dict[str, Any] = {"environments": {}}
+    shown: list[Episode] = []
+    if after is not None:
+        before = run.progress["before"]
+        summary = evaluation.summary(before, after.scores, tasks)
+        summary["retried"] = {"before": run.progress["retried"], "after": dict(after.retried)}
+        shown = after.episodes["mean"]
+        _write(run.folder / "scores.json", {"schema_version": 1, "before": before, "after": after.scores})
     rows = metrics.read(run.folder / "metrics.jsonl")
     report.curves(rows, run.folder / "curves.png")
-    report.page(run.recipe.name, summary, run.folder / "curves.png", sampled, run.folder / "report.html")
-    if tasks:
-        _write(run.folder / "scores.json", {"schema_version": 1, "before": run.progress["before"], "after": after})
+    report.page(run.recipe.name, summary, run.folder / "curves.png", shown, run.folder / "report.html")
     _write(run.folder / "summary.json", summary)
     return summary
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    staged = path.with_suffix(".json.partial")
-    staged.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(staged, path)
+    files.replace(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _save(run: Run, stage_state: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from palaestra.gym import files
 from palaestra.gym.types import Episode, Group, Scored
 from palaestra.trainer.advantages import Returns
 
@@ -122,7 +123,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def signal_seen(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether any step of RLVR had an advantage other than zero: without one nothing was learned."""
+    shares = [row["zero_advantage_share"] for row in rows if "zero_advantage_share" in row]
+    return not shares or min(shares) < 1
+
+
 def _rewrite(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    staged = path.with_suffix(".partial")
-    staged.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    staged.replace(path)
+    files.replace(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

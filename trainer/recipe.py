@@ -253,8 +253,15 @@ def _refuse_idle(table: Mapping[str, Any], place: str) -> None:
             )
         if isinstance(stage, dict) and stage.get("drill_steps") and not stage.get("drills"):
             raise UsageError(f"{place}: stages.{name}.drill_steps has no effect here: drills is 0")
+        if isinstance(stage, dict) and _too_many(stage):
+            raise UsageError(f"{place}: stages.{name}.drill_steps leaves no step for demonstrations; raise steps")
     if table.get("deterministic") and any(isinstance(s, dict) and "minutes" in s for s in stages.values()):
         raise UsageError(f"{place}: stages' minutes cannot end a deterministic run; use steps")
+
+
+def _too_many(stage: Mapping[str, Any]) -> bool:
+    drills, steps = stage.get("drill_steps", 0), stage.get("steps")
+    return isinstance(drills, int) and isinstance(steps, int) and drills >= steps
 
 
 def _first(error: ValidationError) -> str:
