@@ -40,23 +40,38 @@ class Executed(NamedTuple):
     timed_out: bool
 
 
+class Entry(NamedTuple):
+    """What stands at a path: `kind` is file, directory, link or other; `mode` the permission bits; `content` of a file,
+    of a link its target."""
+
+    kind: str
+    mode: int
+    content: bytes = b""
+    uid: int = 0
+    gid: int = 0
+
+
 class Box(Protocol):
-    """One live sandbox."""
+    """One live sandbox. Whatever goes wrong with it raises Failure(SANDBOX)."""
 
     async def exec(self, command: str, timeout: float) -> Executed:
         """Run a shell command in the box's persistent shell, for `timeout` seconds at most."""
         ...
 
     async def read(self, path: str) -> bytes:
-        """A file's content. Raises FileNotFoundError."""
+        """A regular file's content. Raises OSError for anything else, and for a file beyond `limits.output`."""
+        ...
+
+    async def put(self, entries: Mapping[str, Entry]) -> None:
+        """Create or replace what stands at the paths; folders above them are made where they lack."""
         ...
 
     async def write(self, path: str, content: str | bytes) -> None:
         """Create or replace a file."""
         ...
 
-    async def diff(self) -> Mapping[str, bytes | None]:
-        """The paths that changed since the box was made, with their content; None for a removed one."""
+    async def diff(self) -> Mapping[str, Entry | None]:
+        """The paths that changed since the box was made, absolute, with what stands there; None for a removed one."""
         ...
 
     async def destroy(self) -> None:

@@ -1,0 +1,51 @@
+"""Entries as tar archives, and back: how files cross a box's border."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Mapping
+
+from palaestra.gym.sandbox import Entry
+
+KINDS = {tarfile.REGTYPE: "file", tarfile.AREGTYPE: "file", tarfile.DIRTYPE: "directory", tarfile.SYMTYPE: "link"}
+TYPES = {"file": tarfile.REGTYPE, "directory": tarfile.DIRTYPE, "link": tarfile.SYMTYPE}
+OPAQUE = "palaestra.opaque"
+
+
+def packed(entries: Mapping[str, Entry]) -> bytes:
+    """A tar archive of entries, folders before what they hold. Raises ValueError for a kind that cannot be made."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for path, entry in sorted(entries.items()):
+            if entry.kind not in TYPES:
+                raise ValueError(f"{path}: cannot make an entry of kind {entry.kind!r}; known: {', '.join(TYPES)}")
+            member = tarfile.TarInfo(path.lstrip("/"))
+            member.type, member.mode, member.uid, member.gid = TYPES[entry.kind], entry.mode, entry.uid, entry.gid
+            if entry.kind == "link":
+                member.linkname = entry.content.decode()
+            member.size = len(entry.content) if entry.kind == "file" else 0
+            archive.addfile(member, io.BytesIO(entry.content))
+    return out.getvalue()
+
+
+def changes(content: bytes) -> dict[str, Entry | None]:
+    """The entries of an overlay's upper layer: None where it has a whiteout."""
+    found: dict[str, Entry | None] = {}
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        for member in archive:
+            whiteout = member.ischr() and (member.devmajor, member.devminor) == (0, 0)
+            found[f"/{member.name}"] = None if whiteout else _entry(archive, member, found)
+    return found
+
+
+def _entry(archive: tarfile.TarFile, member: tarfile.TarInfo, seen: Mapping[str, Entry | None]) -> Entry:
+    content = b""
+    if member.isreg():
+        file = archive.extractfile(member)
+        content = file.read() if file else b""
+    elif member.issym():
+        content = member.linkname.encode(errors="surrogateescape")
+    elif member.islnk() and (first := seen.get(f"/{member.linkname}")) is not None:
+        return first
+    return Entry(KINDS.get(member.type, "other"), member.mode, content, member.uid, member.gid)

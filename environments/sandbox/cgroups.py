@@ -1,0 +1,131 @@
+"""Control groups of boxes, version 1 (a hierarchy for each controller) and version 2 (one for all).
+
+A box's group is `palaestra-PID-STARTED/BOX`, where PID and STARTED name the process that owns it: what a killed owner
+left behind is found by that name and removed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from palaestra.gym.sandbox import BoxLimits
+
+ROOT = Path("/sys/fs/cgroup")
+CONTROLLERS = ("memory", "pids", "cpu")
+PREFIX = "palaestra-"
+PERIOD = 100_000
+"""Microseconds over which the cpu share is enforced."""
+REMOVAL_SECONDS = 5.0
+
+
+def parents() -> dict[str, Path]:
+    """Controller -> the folder in which groups can be made; what this user may not make is absent."""
+    found: dict[str, Path] = {}
+    for controller in CONTROLLERS:
+        folder = ROOT / controller
+        if (folder / "cgroup.procs").exists() and os.access(folder, os.W_OK):
+            found[controller] = folder
+    if not found and (ROOT / "cgroup.subtree_control").exists() and os.access(ROOT, os.W_OK):
+        offered = set((ROOT / "cgroup.controllers").read_text().split())
+        found = {controller: ROOT for controller in CONTROLLERS if controller in offered}
+    return found
+
+
+def started(pid: int) -> str:
+    """When a process began, in clock ticks since boot: with its number this names it for good. Raises OSError."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+
+
+def owner_name() -> str:
+    """The folder of this process's groups."""
+    return f"{PREFIX}{os.getpid()}-{started(os.getpid())}"
+
+
+class Group:
+    """The groups of one box. Creating raises OSError."""
+
+    def __init__(self, name: str, limits: BoxLimits) -> None:
+        self.folders: list[Path] = []
+        made = parents()
+        try:
+            for folder in dict.fromkeys(parent / owner_name() / name for parent in made.values()):
+                self._make(folder)
+            for controller, parent in made.items():
+                _limit(parent / owner_name() / name, controller, limits)
+        except OSError:
+            self.remove()
+            raise
+
+    def _make(self, folder: Path) -> None:
+        folder.parent.mkdir(exist_ok=True)
+        if (folder.parent.parent / "cgroup.subtree_control").exists():
+            for level in (folder.parent.parent, folder.parent):
+                (level / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in CONTROLLERS))
+        folder.mkdir()
+        self.folders.append(folder)
+
+    def processes(self) -> list[int]:
+        """Who is in the box, by the host's numbers."""
+        return [int(pid) for folder in self.folders[:1] for pid in (folder / "cgroup.procs").read_text().split()]
+
+    def remove(self) -> None:
+        """Kill what is left and remove the folders. Raises OSError where something survives REMOVAL_SECONDS."""
+        for folder in self.folders:
+            _remove(folder)
+        self.folders = []
+
+
+def _limit(folder: Path, controller: str, limits: BoxLimits) -> None:
+    unified = (folder / "cgroup.controllers").exists()
+    quota = int(PERIOD * limits.cpus)
+    files: dict[str, tuple[tuple[str, object], ...]] = {
+        "pids": (("pids.max", limits.processes),),
+        "memory": (("memory.max", limits.memory), ("memory.swap.max", 0))
+        if unified
+        else (("memory.limit_in_bytes", limits.memory), ("memory.memsw.limit_in_bytes", limits.memory)),
+        "cpu": (("cpu.max", f"{quota} {PERIOD}"),)
+        if unified
+        else (("cpu.cfs_period_us", PERIOD), ("cpu.cfs_quota_us", quota)),
+    }
+    for name, value in files[controller]:
+        if (folder / name).exists():  # a kernel without swap accounting has no file for it
+            (folder / name).write_text(str(value))
+
+
+def _remove(folder: Path) -> None:
+    deadline = time.monotonic() + REMOVAL_SECONDS
+    while folder.exists():
+        for pid in (folder / "cgroup.procs").read_text().split():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        try:
+            folder.rmdir()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.002)
+
+
+def sweep() -> list[Path]:
+    """Remove the groups whose owner is gone; returns their folders."""
+    removed = []
+    for parent in dict.fromkeys(parents().values()):
+        for folder in parent.glob(f"{PREFIX}*-*"):
+            _, pid, began = folder.name.split("-")
+            if _lives(int(pid), began):
+                continue
+            for box in (*folder.glob("*/"), folder):
+                _remove(box)
+            removed.append(folder)
+    return removed
+
+
+def _lives(pid: int, began: str) -> bool:
+    try:
+        return started(pid) == began
+    except OSError:
+        return False

@@ -1,0 +1,361 @@
+"""Starts boxes: a small single-threaded process that forks, enters namespaces, mounts, and executes bubblewrap.
+
+Run as a script (`python -I -S launcher.py FD`), with nothing but the standard library, so that forking it is cheap. It
+serves requests on the SOCK_SEQPACKET socket FD, one JSON object each with three descriptors (commands in, output out,
+statuses out), and answers with the process that is the box's init. When its owner ends it ends, and every box with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import stat
+import struct
+import sys
+import tarfile
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
+MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE = 2, 4, 0x4000, 0x40000
+OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC, AT_EMPTY_PATH, MOVE_MOUNT_F_EMPTY_PATH = 1, 0o2000000, 0x1000, 4
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_IDMAP = 1, 2, 4, 0x100000
+OPEN_TREE, MOVE_MOUNT, MOUNT_SETATTR = 428, 429, 442
+PR_SET_PDEATHSIG = 1
+INFO_SECONDS = 10.0
+VISIT_SECONDS = 60
+MESSAGE = 1 << 16
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+class LaunchError(Exception):
+    """A box could not be started; the text says at which step and why."""
+
+
+def checked(result: int, what: str) -> int:
+    """The result of a C call. Raises LaunchError where it failed."""
+    if result < 0:
+        raise LaunchError(f"{what}: {os.strerror(ctypes.get_errno())}")
+    return result
+
+
+def mount(source: str, target: str, kind: str, flags: int, options: str) -> None:
+    """mount(2)."""
+    call = libc.mount(source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), options.encode())
+    checked(call, f"mount {kind} ({options})")
+
+
+def idmapped(folder: str, user_namespace: int) -> int:
+    """A detached read-only mount of `folder` whose owners are mapped as in `user_namespace`."""
+    flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC
+    tree = checked(libc.syscall(OPEN_TREE, -100, folder.encode(), flags), f"open_tree {folder}")
+    wanted = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_IDMAP
+    attributes = struct.pack("QQQQ", wanted, 0, 0, user_namespace)
+    call = libc.syscall(MOUNT_SETATTR, tree, b"", AT_EMPTY_PATH, attributes, len(attributes))
+    checked(call, f"idmapped mount of {folder} (Linux 5.19 or newer is needed)")
+    return tree
+
+
+def map_ids(pid: int, base: int | None) -> None:
+    """Map the ids of a new user namespace: 65536 from `base` on, or (None) this user alone, to its root."""
+    if base is not None:
+        for name in ("uid_map", "gid_map"):
+            _write(f"/proc/{pid}/{name}", f"0 {base} 65536")
+        return
+    _write(f"/proc/{pid}/setgroups", "deny")
+    _write(f"/proc/{pid}/uid_map", f"0 {os.geteuid()} 1")
+    _write(f"/proc/{pid}/gid_map", f"0 {os.getegid()} 1")
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+
+
+class Launcher:
+    """The serving loop and what every box has in common."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self.channel = channel
+        config = json.loads(channel.recv(MESSAGE))
+        self.stage: str = config["stage"]
+        self.bwrap: str = config["bwrap"]
+        self.filter = os.memfd_create("filter")
+        os.write(self.filter, bytes.fromhex(config["filter"]))
+
+    def serve(self) -> None:
+        """Answer requests until the owner closes its end."""
+        while True:
+            content, descriptors, _, _ = socket.recv_fds(self.channel, MESSAGE, 3)
+            if not content:
+                return
+            request = json.loads(content)
+            self._reap()
+            try:
+                if "visit" in request:
+                    self._visit(request, descriptors[0])
+                else:
+                    self.channel.send(json.dumps(self._answer(request, descriptors)).encode())
+            finally:
+                for descriptor in descriptors:
+                    os.close(descriptor)
+
+    def _answer(self, request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
+        try:
+            pid, monitor = self.launch(request, descriptors)
+        except (LaunchError, OSError, ValueError) as error:
+            return {"id": request["id"], "error": str(error)}
+        return {"id": request["id"], "pid": pid, "monitor": monitor}
+
+    def _visit(self, request: dict[str, Any], stream: int) -> None:
+        """Fork a visitor of a box's files, who speaks with the owner himself."""
+        if os.fork() == 0:
+            signal.alarm(VISIT_SECONDS)
+            self.channel.close()
+            with socket.socket(fileno=stream) as peer:
+                visit(request, peer, self.stage)
+            os._exit(0)
+
+    def _reap(self) -> None:
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            pass
+
+    def launch(self, request: dict[str, Any], descriptors: list[int]) -> tuple[int, int]:
+        """Start a box; returns the host's number of its init, and of the bubblewrap process above it."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        info_read, info_write = os.pipe()
+        monitor = os.fork()
+        if monitor == 0:
+            ours.close()
+            os.close(info_read)
+            self._become_box(request, descriptors, theirs, info_write)
+        theirs.close()
+        os.close(info_write)
+        try:
+            self._prepare(monitor, request, ours)
+            return self._init_of(info_read, ours), monitor
+        except BaseException:
+            os.kill(monitor, signal.SIGKILL)
+            raise
+        finally:
+            ours.close()
+            os.close(info_read)
+
+    def _prepare(self, pid: int, request: dict[str, Any], child: socket.socket) -> None:
+        """The parent's part: wait for the child's namespaces, map its ids, hand it its image."""
+        self._expect(child)
+        map_ids(pid, request["base"])
+        trees = []
+        if request["image"] and request["base"] is not None:
+            namespace = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                trees = [idmapped(request["image"], namespace)]
+            finally:
+                os.close(namespace)
+        try:
+            socket.send_fds(child, [b"mapped"], trees)
+        finally:
+            for tree in trees:
+                os.close(tree)
+
+    def _expect(self, child: socket.socket) -> None:
+        """The child's next word; an empty one is its end. Raises LaunchError with what it says went wrong."""
+        child.settimeout(INFO_SECONDS)
+        word = child.recv(MESSAGE).decode()
+        if word != "ready":
+            raise LaunchError(word or "the box's first process ended at once")
+
+    def _init_of(self, descriptor: int, child: socket.socket) -> int:
+        """The `child-pid` that bubblewrap writes. Raises LaunchError where it ends instead."""
+        text = ""
+        while "}" not in text:
+            if not select.select([descriptor], [], [], INFO_SECONDS)[0]:
+                raise LaunchError(f"bubblewrap said nothing for {INFO_SECONDS:g} s")
+            part = os.read(descriptor, 4096).decode()
+            if not part:
+                raise LaunchError(child.recv(MESSAGE).decode() or "bubblewrap ended at once")
+            text += part
+        return int(json.loads(text)["child-pid"])
+
+    # -- in the child
+
+    def _become_box(
+        self, request: dict[str, Any], descriptors: list[int], parent: socket.socket, info: int
+    ) -> None:
+        try:
+            checked(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL), "prctl")
+            for path in request["groups"]:
+                _write(path, "0")
+            for name, value in request["rlimits"].items():
+                _lower(getattr(resource, name), value)
+            checked(libc.unshare(CLONE_NEWUSER | CLONE_NEWNS), "unshare (are user namespaces allowed?)")
+            parent.send(b"ready")
+            _, trees, _, _ = socket.recv_fds(parent, MESSAGE, 1)
+            _become_root(request["base"] is not None)
+            checked(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL), "prctl")  # a change of credentials cleared it
+            self._mount(request, trees)
+            self._execute(request, descriptors, info)
+        except BaseException as error:
+            parent.send(f"{type(error).__name__}: {error}".encode()[:MESSAGE])
+        os._exit(1)
+
+    def _mount(self, request: dict[str, Any], trees: list[int]) -> None:
+        """The writable layer under its quota, and over the image."""
+        stage = self.stage
+        mount("none", "/", "none", MS_REC | MS_PRIVATE, "")
+        options = f"size={request['disk']},nr_inodes={request['inodes']},mode=755"
+        mount("none", stage, "tmpfs", MS_NOSUID | MS_NODEV, options)
+        for name in ("upper", "work", "image", "root"):
+            os.mkdir(f"{stage}/{name}", 0o755)
+        if not request["image"]:
+            return
+        lower = request["image"]
+        if trees:
+            call = libc.syscall(MOVE_MOUNT, trees[0], b"", -100, f"{stage}/image".encode(), MOVE_MOUNT_F_EMPTY_PATH)
+            checked(call, "move_mount")
+            lower = f"{stage}/image"
+        layers = f"lowerdir={lower},upperdir={stage}/upper,workdir={stage}/work,userxattr"
+        mount("overlay", f"{stage}/root", "overlay", MS_NOSUID | MS_NODEV, layers)
+
+    def _execute(self, request: dict[str, Any], descriptors: list[int], info: int) -> None:
+        commands, output, statuses = descriptors
+        program = os.open(f"/proc/self/fd/{self.filter}", os.O_RDONLY)
+        root = "root" if request["image"] else "upper"
+        arguments = [
+            self.bwrap, *request["namespaces"], "--die-with-parent", "--new-session", "--as-pid-1",
+            "--seccomp", str(program), "--info-fd", str(info), "--bind", f"{self.stage}/{root}", "/",
+            *request["arguments"],
+        ]  # fmt: skip
+        for descriptor, number in ((commands, 0), (output, 1), (statuses, 2)):
+            os.dup2(descriptor, number)
+        for descriptor in (program, info):
+            os.set_inheritable(descriptor, True)
+        os.execve(self.bwrap, [*arguments, "--", *request["command"]], request["environment"])
+
+
+def visit(request: dict[str, Any], peer: socket.socket, stage: str) -> None:
+    """Act on a box's files as the box's own root, in its own namespaces, so that no link of it leads out of it.
+
+    `visit`: read (the path's content), put (a tar archive that the owner sends), diff (a tar archive of the writable
+    layer). The first line of the answer is empty, or says what went wrong.
+    """
+    with peer.makefile("rwb") as stream:
+        try:
+            enter(request["pid"])
+            if request["visit"] == "read":
+                content = read(request["path"], request["limit"])
+                stream.write(b"\n" + content)
+            elif request["visit"] == "put":
+                put(stream)
+                stream.write(b"\n")
+            else:
+                layer = f"{stage}/upper"
+                measure(layer, request["limit"])
+                stream.write(b"\n")
+                collect(layer, stream)
+        except Exception as error:
+            stream.write(f"{type(error).__name__}: {error}\n".encode())
+
+
+def enter(pid: int) -> None:
+    """Join the user and mount namespaces of a process, as their root."""
+    target = os.pidfd_open(pid)
+    checked(libc.setns(target, CLONE_NEWUSER | CLONE_NEWNS), "setns")
+    os.setresgid(0, 0, 0)
+    os.setresuid(0, 0, 0)
+
+
+def read(path: str, limit: int) -> bytes:
+    """The content of a regular file. Raises OSError for anything else, and for one of more than `limit` bytes."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    with open(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(f"{path} is no regular file")
+        if found.st_size > limit:
+            raise OSError(f"{path} has {found.st_size} bytes; the limit is {limit}")
+        return file.read(limit)
+
+
+def put(stream: BinaryIO) -> None:
+    """Unpack a tar archive below /, owners and modes included."""
+    with tarfile.open(fileobj=stream, mode="r|") as archive:
+        for member in archive:
+            path = "/" + member.name
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            if not member.isdir() and os.path.lexists(path):
+                os.unlink(path)
+            archive.extract(member, "/", numeric_owner=True, filter="fully_trusted")
+
+
+def measure(layer: str, limit: int) -> None:
+    """Raises OSError where the files of a layer have more than `limit` bytes."""
+    total = sum(os.lstat(path).st_size for path in walk(layer) if os.path.isfile(path) and not os.path.islink(path))
+    if total > limit:
+        raise OSError(f"the changed files have {total} bytes; the limit is {limit}")
+
+
+def walk(layer: str) -> Iterator[str]:
+    """All paths below a folder, links not followed, folders before what they hold."""
+    for folder, folders, files in os.walk(layer):
+        folders.sort()
+        for name in sorted(folders + files):
+            yield os.path.join(folder, name)
+
+
+def collect(layer: str, stream: BinaryIO) -> None:
+    """Write a layer as a tar archive. A whiteout is a character device 0:0; an opaque folder carries a pax header."""
+    with tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as archive:
+        for path in walk(layer):
+            member = archive.gettarinfo(path, os.path.relpath(path, layer))
+            if member is None:
+                continue  # a socket
+            member.uname = member.gname = ""
+            if member.isdir() and _opaque(path):
+                member.pax_headers["palaestra.opaque"] = "y"
+            content = b""
+            if member.isreg():
+                content = read(path, member.size)
+                member.size = len(content)  # whoever still runs may cut it meanwhile
+            archive.addfile(member, io.BytesIO(content))
+
+
+def _opaque(path: str) -> bool:
+    try:
+        return os.getxattr(path, "user.overlay.opaque") == b"y"
+    except OSError:
+        return False
+
+
+def _become_root(several: bool) -> None:
+    if several:
+        os.setgroups([])
+    os.setresgid(0, 0, 0)
+    os.setresuid(0, 0, 0)
+
+
+def _lower(kind: int, value: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(kind, (value, value))
+
+
+def main() -> None:
+    """Serve the socket whose number is the first argument."""
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's business
+    Launcher(socket.socket(fileno=int(sys.argv[1]))).serve()
+
+
+if __name__ == "__main__":
+    main()
