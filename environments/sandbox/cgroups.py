@@ -12,6 +12,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from palaestra.environments.sandbox.processes import started
 from palaestra.gym.sandbox import BoxLimits
 
 ROOT = Path("/sys/fs/cgroup")
@@ -33,11 +34,6 @@ def parents() -> dict[str, Path]:
         offered = set((ROOT / "cgroup.controllers").read_text().split())
         found = {controller: ROOT for controller in CONTROLLERS if controller in offered}
     return found
-
-
-def started(pid: int) -> str:
-    """When a process began, in clock ticks since boot: with its number this names it for good. Raises OSError."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
 def owner_name() -> str:
@@ -67,10 +63,6 @@ class Group:
                 (level / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in CONTROLLERS))
         folder.mkdir()
         self.folders.append(folder)
-
-    def processes(self) -> list[int]:
-        """Who is in the box, by the host's numbers."""
-        return [int(pid) for folder in self.folders[:1] for pid in (folder / "cgroup.procs").read_text().split()]
 
     def remove(self) -> None:
         """Kill what is left and remove the folders. Raises OSError where something survives REMOVAL_SECONDS."""
@@ -110,6 +102,15 @@ def _remove(folder: Path) -> None:
             time.sleep(0.002)
 
 
+def disown() -> None:
+    """Remove this process's own folders, once its boxes are gone."""
+    for parent in dict.fromkeys(parents().values()):
+        folder = parent / owner_name()
+        if folder.exists():
+            for box in (*folder.glob("*/"), folder):
+                _remove(box)
+
+
 def sweep() -> list[Path]:
     """Remove the groups whose owner is gone; returns their folders."""
     removed = []
@@ -126,6 +127,6 @@ def sweep() -> list[Path]:
 
 def _lives(pid: int, began: str) -> bool:
     try:
-        return started(pid) == began
+        return str(started(pid)) == began
     except OSError:
         return False

@@ -1,13 +1,14 @@
 """Starts boxes: a small single-threaded process that forks, enters namespaces, mounts, and executes bubblewrap.
 
 Run as a script (`python -I -S launcher.py FD`), with nothing but the standard library, so that forking it is cheap. It
-serves requests on the SOCK_SEQPACKET socket FD, one JSON object each with three descriptors (commands in, output out,
-statuses out), and answers with the process that is the box's init. When its owner ends it ends, and every box with it.
+serves requests on the SOCK_SEQPACKET socket FD, one JSON object each with the descriptors that become the box's first
+ones (0, 1, 2, ...), and answers with the process that is the box's init. When its owner ends it ends, and every box with it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import io
 import json
 import os
@@ -30,6 +31,8 @@ OPEN_TREE, MOVE_MOUNT, MOUNT_SETATTR = 428, 429, 442
 PR_SET_PDEATHSIG = 1
 INFO_SECONDS = 10.0
 VISIT_SECONDS = 60
+FREE = 64
+"""The lowest descriptor that no box is given."""
 MESSAGE = 1 << 16
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -79,6 +82,14 @@ def _write(path: str, text: str) -> None:
         file.write(text)
 
 
+def received(channel: socket.socket) -> tuple[bytes, list[int]]:
+    """A message and its descriptors, which programs that are executed do not inherit."""
+    content, descriptors, _, _ = socket.recv_fds(channel, MESSAGE, 8)
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)
+    return content, descriptors
+
+
 class Launcher:
     """The serving loop and what every box has in common."""
 
@@ -93,11 +104,10 @@ class Launcher:
     def serve(self) -> None:
         """Answer requests until the owner closes its end."""
         while True:
-            content, descriptors, _, _ = socket.recv_fds(self.channel, MESSAGE, 3)
+            content, descriptors = received(self.channel)
             if not content:
                 return
             request = json.loads(content)
-            self._reap()
             try:
                 if "visit" in request:
                     self._visit(request, descriptors[0])
@@ -122,13 +132,6 @@ class Launcher:
             with socket.socket(fileno=stream) as peer:
                 visit(request, peer, self.stage)
             os._exit(0)
-
-    def _reap(self) -> None:
-        try:
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        except ChildProcessError:
-            pass
 
     def launch(self, request: dict[str, Any], descriptors: list[int]) -> tuple[int, int]:
         """Start a box; returns the host's number of its init, and of the bubblewrap process above it."""
@@ -189,9 +192,7 @@ class Launcher:
 
     # -- in the child
 
-    def _become_box(
-        self, request: dict[str, Any], descriptors: list[int], parent: socket.socket, info: int
-    ) -> None:
+    def _become_box(self, request: dict[str, Any], descriptors: list[int], parent: socket.socket, info: int) -> None:
         try:
             checked(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL), "prctl")
             for path in request["groups"]:
@@ -200,7 +201,7 @@ class Launcher:
                 _lower(getattr(resource, name), value)
             checked(libc.unshare(CLONE_NEWUSER | CLONE_NEWNS), "unshare (are user namespaces allowed?)")
             parent.send(b"ready")
-            _, trees, _, _ = socket.recv_fds(parent, MESSAGE, 1)
+            _, trees = received(parent)
             _become_root(request["base"] is not None)
             checked(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL), "prctl")  # a change of credentials cleared it
             self._mount(request, trees)
@@ -228,19 +229,20 @@ class Launcher:
         mount("overlay", f"{stage}/root", "overlay", MS_NOSUID | MS_NODEV, layers)
 
     def _execute(self, request: dict[str, Any], descriptors: list[int], info: int) -> None:
-        commands, output, statuses = descriptors
         program = os.open(f"/proc/self/fd/{self.filter}", os.O_RDONLY)
+        program, info = (fcntl.fcntl(descriptor, fcntl.F_DUPFD, FREE) for descriptor in (program, info))
         root = "root" if request["image"] else "upper"
-        arguments = [
+        command = [
             self.bwrap, *request["namespaces"], "--die-with-parent", "--new-session", "--as-pid-1",
             "--seccomp", str(program), "--info-fd", str(info), "--bind", f"{self.stage}/{root}", "/",
-            *request["arguments"],
+            *request["arguments"], "--", *request["command"],
         ]  # fmt: skip
-        for descriptor, number in ((commands, 0), (output, 1), (statuses, 2)):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        moved = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, FREE) for descriptor in descriptors]
+        for number, descriptor in enumerate(moved):
             os.dup2(descriptor, number)
-        for descriptor in (program, info):
-            os.set_inheritable(descriptor, True)
-        os.execve(self.bwrap, [*arguments, "--", *request["command"]], request["environment"])
+        os.closerange(len(moved), FREE)  # whatever else is open is not for the box
+        os.execve(self.bwrap, command, request["environment"])
 
 
 def visit(request: dict[str, Any], peer: socket.socket, stage: str) -> None:
@@ -354,7 +356,10 @@ def main() -> None:
     """Serve the socket whose number is the first argument."""
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's business
-    Launcher(socket.socket(fileno=int(sys.argv[1]))).serve()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how a child ended: none stays as a zombie
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    channel.set_inheritable(False)
+    Launcher(channel).serve()
 
 
 if __name__ == "__main__":

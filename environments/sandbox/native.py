@@ -12,14 +12,14 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from palaestra.environments.sandbox import archives, seccomp
-from palaestra.environments.sandbox.cgroups import Group, parents
+from palaestra.environments.sandbox import archives, images, processes, seccomp
+from palaestra.environments.sandbox.cgroups import Group, disown, parents, sweep
+from palaestra.environments.sandbox.images import HOST, Config, Image
 from palaestra.environments.sandbox.shell import SUPERVISOR, Ended, Shell, Streams
 from palaestra.gym.outcome import Cause, Failure
 from palaestra.gym.sandbox import BoxLimits, Capabilities, Entry, Executed
@@ -31,12 +31,19 @@ SHM, READ, COLLECTED = 64 << 20, 10 << 20, 256 << 20
 LAUNCH_SECONDS = 15.0
 NAMESPACES = ("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try")
 KEPT_CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "SETUID", "SETGID", "KILL", "NET_BIND_SERVICE")
-ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root",
-               "LANG": "C.UTF-8", "TERM": "dumb"}  # fmt: skip
-HOST = "host"
-"""The image that is made of this machine's own programs: /usr and a few files of /etc, read-only."""
+ENVIRONMENT = {"HOME": "/root", "LANG": "C.UTF-8", "TERM": "dumb"}
 HOST_LINKS = ("bin", "sbin", "lib", "lib64", "lib32")
-HOST_ETC = ("alternatives", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "passwd", "group", "nsswitch.conf", "mime.types")
+HOST_ETC = (
+    "alternatives",
+    "ld.so.cache",
+    "ld.so.conf",
+    "ld.so.conf.d",
+    "passwd",
+    "group",
+    "nsswitch.conf",
+    "mime.types",
+)
+HOST_IMAGE = Image(Path("/"), Config(workdir="/work"))
 RLIMITS = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 1024}
 
 
@@ -141,13 +148,13 @@ class NativeBox:
         self._init = os.pidfd_open(pid)
         self._group = group
         self._streams = streams
-        self._shell = Shell(streams, limits.output, self._stop)
+        self.shell = Shell(streams, limits.output, self._stop)
         self._destroyed = False
 
     async def exec(self, command: str, timeout: float) -> Executed:
         """See Box.exec."""
         try:
-            return await self._shell.exec(command, timeout)
+            return await self.shell.exec(command, timeout)
         except Ended:
             raise Failure(Cause.SANDBOX, "native: the box is gone") from None
 
@@ -177,12 +184,8 @@ class NativeBox:
         return answer
 
     def _stop(self, since: float) -> None:
-        """Kill the processes of the box that began after `since`; with 0 all of them but its init."""
-        ticks = since * os.sysconf("SC_CLK_TCK") - 1
-        for pid in self._group.processes():
-            with suppress(OSError, IndexError):
-                if pid not in (self._pid, self._monitor) and _began(pid) >= ticks:
-                    os.kill(pid, signal.SIGKILL)
+        with suppress(OSError):
+            processes.stop(processes.beside(self._pid), since, (self._pid,))
 
     async def destroy(self) -> None:
         """See Box.destroy."""
@@ -192,64 +195,99 @@ class NativeBox:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._init, signal.SIGKILL)
         self._streams.close()
+        await _gone(self._init)
         self._group.remove()
         os.close(self._init)
 
 
-def _began(pid: int) -> int:
-    with open(f"/proc/{pid}/stat") as file:
-        return int(file.read().rpartition(")")[2].split()[19])
+async def _gone(init: int) -> None:
+    """Wait until a namespace's init has ended, which the kernel lets it when all in it have. Raises Failure."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(init, ended.set)
+    try:
+        await asyncio.wait_for(ended.wait(), LAUNCH_SECONDS)
+    except TimeoutError:
+        raise Failure(Cause.SANDBOX, f"native: a killed box still lives after {LAUNCH_SECONDS:g} s") from None
+    finally:
+        loop.remove_reader(init)
 
 
 class Native:
-    """The backend."""
-
-    capabilities = Capabilities(isolation=True, memory=True, disk_quota=True, processes=True, no_network=True)
+    """The backend. What needs control groups is enforced where this user may make them."""
 
     def __init__(self) -> None:
+        groups = parents()
+        self.capabilities = Capabilities(
+            isolation=True, memory="memory" in groups, disk_quota=True, processes="pids" in groups, no_network=True
+        )
         self._launching = Launching()
         self._slots = itertools.count()
+        sweep()
 
     async def create(self, image: str, limits: BoxLimits) -> NativeBox:
         """See Sandbox.create."""
-        slot = next(self._slots) % SLOTS
-        group = Group(f"box-{slot}", limits)
         commands, output, statuses = os.pipe(), os.pipe(), os.pipe()
         theirs = [commands[0], output[1], statuses[1]]
         streams = Streams(commands[1], output[0], statuses[0])
         try:
-            answer = await self._launching.launch(self._request(image, limits, group, slot), theirs)
+            box = await self._start(image, limits, ["/bin/sh", "-c", SUPERVISOR], theirs, streams)
         except BaseException:
             streams.close()
-            group.remove()
             raise
         finally:
             for descriptor in theirs:
                 os.close(descriptor)
-        box = NativeBox(self._launching, answer["pid"], answer["monitor"], group, streams, limits)
-        if problem := await box._shell.starts(LAUNCH_SECONDS):
+        if problem := await box.shell.starts(LAUNCH_SECONDS):
             await box.destroy()
             raise Failure(Cause.SANDBOX, f"native: the box does not start: {problem}")
         return box
 
-    def _request(self, image: str, limits: BoxLimits, group: Group, slot: int) -> dict[str, Any]:
-        return {
-            "image": "" if image == HOST else image,
-            "base": FIRST + RANGE * slot if os.geteuid() == 0 else None,
+    async def _start(
+        self, image: str, limits: BoxLimits, command: Sequence[str], descriptors: Sequence[int], streams: Streams
+    ) -> NativeBox:
+        found = HOST_IMAGE if image == HOST else images.find(image)
+        slot = next(self._slots)
+        group = Group(f"box-{slot}", limits)
+        request = {
+            "image": "" if found is HOST_IMAGE else str(found.root),
+            "base": FIRST + RANGE * (slot % SLOTS) if os.geteuid() == 0 else None,
             "disk": limits.disk,
             "inodes": limits.inodes,
             "groups": [str(folder / "cgroup.procs") for folder in group.folders],
             "rlimits": RLIMITS,
             "namespaces": NAMESPACES,
-            "arguments": self._arguments(image),
-            "command": ["/bin/sh", "-c", SUPERVISOR],
-            "environment": ENVIRONMENT,
+            "arguments": self._arguments(found),
+            "command": list(command),
+            "environment": {**ENVIRONMENT, **found.config.environment},
         }
+        try:
+            answer = await self._launching.launch(request, list(descriptors))
+        except BaseException:
+            group.remove()
+            raise
+        return NativeBox(self._launching, answer["pid"], answer["monitor"], group, streams, limits)
 
-    def _arguments(self, image: str) -> list[str]:
+    async def run(self, image: str, limits: BoxLimits, command: Sequence[str]) -> int:
+        """Run one command in a fresh box with our standard input, output and errors; its exit status."""
+        nothing, statuses = os.pipe(), os.pipe()
+        streams = Streams(nothing[1], nothing[0], statuses[0])
+        script = ["/bin/sh", "-c", '"$@" 3>&-; echo "ended $?" >&3', "sh", *command]
+        try:
+            box = await self._start(image, limits, script, [0, 1, 2, statuses[1]], streams)
+        except BaseException:
+            streams.close()
+            raise
+        finally:
+            os.close(statuses[1])
+        try:
+            return await box.shell.ends()
+        finally:
+            await box.destroy()
+
+    def _arguments(self, image: Image) -> list[str]:
         arguments = ["--proc", "/proc", "--dev", "/dev", "--size", str(SHM), "--perms", "1777", "--tmpfs", "/dev/shm",
                      "--remount-ro", "/dev"]  # fmt: skip
-        if image == HOST:
+        if image is HOST_IMAGE:
             arguments += ["--ro-bind", "/usr", "/usr", "--perms", "1777", "--dir", "/tmp", "--dir", "/root",
                           "--dir", "/work", "--dir", "/var"]  # fmt: skip
             for name in HOST_LINKS:
@@ -257,9 +295,10 @@ class Native:
                     arguments += ["--symlink", f"usr/{name}", f"/{name}"]
             for name in HOST_ETC:
                 arguments += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
-        arguments += ["--chdir", "/work", "--cap-drop", "ALL"]
+        arguments += ["--chdir", image.config.workdir, "--cap-drop", "ALL"]
         return arguments + [part for name in KEPT_CAPABILITIES for part in ("--cap-add", f"CAP_{name}")]
 
     async def close(self) -> None:
         """End everything."""
         self._launching.close()
+        disown()

@@ -109,6 +109,17 @@ class Shell:
         said, ready, self._said = self._said.partition(b"ready\n")
         return "" if ready else said.decode(errors="replace").strip() or "its init ended at once"
 
+    async def ends(self) -> int:
+        """Wait, however long, until the one command of the box ends; its exit status, 137 where the box was killed."""
+        loop, event = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(self._streams.statuses, event.set)
+        try:
+            await event.wait()
+            word, _, number = os.read(self._streams.statuses, CHUNK).partition(b" ")
+        finally:
+            loop.remove_reader(self._streams.statuses)
+        return int(number) if word == b"ended" and number.strip().isdigit() else 137
+
     async def exec(self, command: str, timeout: float) -> Executed:
         """Run a command; one whose time runs out, or that floods, is stopped with all that it started.
 

@@ -1,0 +1,62 @@
+"""Which sandbox: by name, or the strongest that this machine has."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Protocol
+
+from palaestra.environments.sandbox.native import Native
+from palaestra.environments.sandbox.process import Process
+from palaestra.gym.registry import UsageError
+from palaestra.gym.sandbox import Capabilities, Sandbox
+
+
+class Backend(Sandbox, Protocol):
+    """A sandbox that can be ended."""
+
+    async def close(self) -> None:
+        """End everything."""
+        ...
+
+
+BACKENDS = {"native": Native, "process": Process}
+
+
+def lacks_native() -> str:
+    """Why the native backend cannot work here; empty where it can."""
+    if shutil.which("bwrap") is None:
+        return "bubblewrap is not installed (Debian: apt-get install bubblewrap)"
+    try:
+        with open("/proc/sys/user/max_user_namespaces") as file:
+            if int(file.read()) == 0:
+                return "user namespaces are forbidden (sysctl user.max_user_namespaces)"
+    except OSError:
+        return "this is no Linux with user namespaces"
+    return ""
+
+
+def open_backend(name: str = "auto", needs: Capabilities | None = None) -> Backend:
+    """The backend of a name; `auto`: native. `process`, which isolates nothing, is only had by its name.
+
+    Raises UsageError where there is none, and naming what an environment needs that the backend does not give.
+    """
+    if name not in ("auto", *BACKENDS):
+        raise UsageError(f"there is no sandbox backend {name!r}; the backends are: auto, {', '.join(BACKENDS)}")
+    chosen = "native" if name == "auto" else name
+    if chosen == "native" and (reason := lacks_native()):
+        raise UsageError(f"sandbox backend native: {reason}; `palaestra sandbox doctor` says more")
+    backend = BACKENDS[chosen]()
+    refuse(chosen, backend.capabilities, needs)
+    return backend
+
+
+def refuse(name: str, given: Capabilities, needs: Capabilities | None) -> None:
+    """Raise UsageError where the backend lacks what is needed."""
+    wanted = (needs or Capabilities.none()).model_dump()
+    missing = [capability for capability, need in wanted.items() if need and not getattr(given, capability)]
+    if missing:
+        raise UsageError(
+            f"sandbox backend {name} does not enforce {', '.join(missing)}, which this environment needs; "
+            "`palaestra sandbox doctor` says what this machine can do"
+        )

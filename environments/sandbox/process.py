@@ -1,0 +1,149 @@
+"""The process backend: a folder and resource limits, and nothing that keeps hostile code out. For code that is trusted."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from palaestra.environments.sandbox import processes
+from palaestra.environments.sandbox.images import HOST
+from palaestra.environments.sandbox.shell import SUPERVISOR, Ended, Shell, Streams
+from palaestra.gym.outcome import Cause, Failure
+from palaestra.gym.sandbox import BoxLimits, Capabilities, Entry, Executed
+
+MARK = "PALAESTRA_BOX"
+WORK = "/work"
+START_SECONDS = 10.0
+WARNING = (
+    "sandbox backend `process` isolates nothing: commands run as you, with your files and your network. Use it only for "
+    "code that you trust; `palaestra sandbox doctor` says how to get a real one"
+)
+
+
+class ProcessBox:
+    """A folder, and a shell in it. Paths below /work are the folder's; there are no others."""
+
+    def __init__(self, folder: Path, limits: BoxLimits) -> None:
+        self._folder = folder
+        self._mark = f"{MARK}={secrets.token_hex(8)}"
+        commands, output, statuses = os.pipe(), os.pipe(), os.pipe()
+        ceilings = f"ulimit -c 0; ulimit -v {limits.memory // 1024}; ulimit -f {limits.disk // 512}; "
+        environment = {
+            "PATH": os.environ.get("PATH", os.defpath),
+            "HOME": str(folder),
+            "LANG": "C.UTF-8",
+            "TERM": "dumb",
+        }
+        self._init = subprocess.Popen(
+            ["/bin/sh", "-c", ceilings + SUPERVISOR],
+            stdin=commands[0], stdout=output[1], stderr=statuses[1], cwd=folder, start_new_session=True,
+            env=environment | dict([self._mark.split("=")]),
+        )  # fmt: skip
+        for descriptor in (commands[0], output[1], statuses[1]):
+            os.close(descriptor)
+        self._streams = Streams(commands[1], output[0], statuses[0])
+        self.shell = Shell(self._streams, limits.output, self._stop)
+
+    async def exec(self, command: str, timeout: float) -> Executed:
+        """See Box.exec."""
+        try:
+            return await self.shell.exec(command, timeout)
+        except Ended:
+            raise Failure(Cause.SANDBOX, "process: the box is gone") from None
+
+    async def read(self, path: str) -> bytes:
+        """See Box.read."""
+        place = self._place(path)
+        if not stat.S_ISREG(place.stat().st_mode):
+            raise OSError(f"{path} is no regular file")
+        return place.read_bytes()
+
+    async def put(self, entries: Mapping[str, Entry]) -> None:
+        """See Box.put. Owners are left as they are."""
+        for path, entry in sorted(entries.items()):
+            place = self._place(path)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if entry.kind == "directory":
+                place.mkdir(exist_ok=True)
+            else:
+                place.unlink(missing_ok=True)
+            if entry.kind == "link":
+                place.symlink_to(entry.content.decode())
+                continue
+            if entry.kind == "file":
+                place.write_bytes(entry.content)
+            place.chmod(entry.mode)
+
+    async def write(self, path: str, content: str | bytes) -> None:
+        """See Box.write."""
+        await self.put({path: Entry("file", 0o644, content.encode() if isinstance(content, str) else content)})
+
+    async def diff(self) -> Mapping[str, Entry | None]:
+        """See Box.diff. The folder is empty at first: all that is in it has changed."""
+        return {f"{WORK}/{place.relative_to(self._folder)}": _entry(place) for place in sorted(self._folder.rglob("*"))}
+
+    def _place(self, path: str) -> Path:
+        if path != WORK and not path.startswith(f"{WORK}/"):
+            raise OSError(f"{path}: a box of the process backend has no other folder than {WORK}")
+        return self._folder / path.removeprefix(WORK).lstrip("/")
+
+    def _stop(self, since: float) -> None:
+        processes.stop(processes.marked(self._mark), since, (self._init.pid,))
+
+    async def destroy(self) -> None:
+        """See Box.destroy."""
+        if not self._folder.exists():
+            return
+        self._init.kill()
+        deadline = time.monotonic() + START_SECONDS
+        while list(processes.marked(self._mark)) and time.monotonic() < deadline:
+            processes.stop(processes.marked(self._mark), 0)
+            self._init.poll()
+            await asyncio.sleep(0)
+        self._init.wait()
+        self._streams.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _entry(place: Path) -> Entry:
+    found = place.lstat()
+    mode = stat.S_IMODE(found.st_mode)
+    if place.is_symlink():
+        return Entry("link", mode, os.readlink(place).encode(errors="surrogateescape"), found.st_uid, found.st_gid)
+    if stat.S_ISREG(found.st_mode):
+        return Entry("file", mode, place.read_bytes(), found.st_uid, found.st_gid)
+    return Entry("directory" if place.is_dir() else "other", mode, b"", found.st_uid, found.st_gid)
+
+
+class Process:
+    """The backend."""
+
+    capabilities = Capabilities(isolation=False, memory=False, disk_quota=False, processes=False, no_network=False)
+
+    def __init__(self) -> None:
+        warnings.warn(WARNING, stacklevel=2)
+        print(f"palaestra: {WARNING}", file=sys.stderr)
+
+    async def create(self, image: str, limits: BoxLimits) -> ProcessBox:
+        """See Sandbox.create. The only image is `host`: this machine as it is."""
+        if image != HOST:
+            raise Failure(Cause.SANDBOX, f"process: cannot use the image {image!r}; a process has no root of its own")
+        box = ProcessBox(Path(tempfile.mkdtemp(prefix="palaestra-box-")), limits)
+        if problem := await box.shell.starts(START_SECONDS):
+            await box.destroy()
+            raise Failure(Cause.SANDBOX, f"process: the box does not start: {problem}")
+        return box
+
+    async def close(self) -> None:
+        """Nothing is shared."""
