@@ -25,11 +25,11 @@ class BoxLimits(Record):
 class Capabilities(Record):
     """What a backend enforces. An environment that needs more than its backend gives is refused, with the reason."""
 
-    isolation: bool
-    memory: bool
-    disk_quota: bool
-    processes: bool
-    no_network: bool
+    isolation: bool = False
+    memory: bool = False
+    disk_quota: bool = False
+    processes: bool = False
+    no_network: bool = False
 
 
 class Executed(NamedTuple):
@@ -38,6 +38,10 @@ class Executed(NamedTuple):
     status: int
     output: bytes
     timed_out: bool
+
+
+class Destroyed(Exception):
+    """The box was ended by what ran in it, its memory used up, say: the policy's doing, not the machine's."""
 
 
 class Entry(NamedTuple):
@@ -52,7 +56,7 @@ class Entry(NamedTuple):
 
 
 class Box(Protocol):
-    """One live sandbox. Whatever goes wrong with it raises Failure(SANDBOX)."""
+    """One live sandbox. Whatever goes wrong with it raises Failure(SANDBOX); Destroyed, where its own commands did it."""
 
     async def exec(self, command: str, timeout: float) -> Executed:
         """Run a shell command in the box's persistent shell, for `timeout` seconds at most."""

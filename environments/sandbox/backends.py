@@ -53,7 +53,7 @@ def open_backend(name: str = "auto", needs: Capabilities | None = None) -> Backe
 
 def refuse(name: str, given: Capabilities, needs: Capabilities | None) -> None:
     """Raise UsageError where the backend lacks what is needed."""
-    wanted = (needs or Capabilities.none()).model_dump()
+    wanted = (needs or Capabilities()).model_dump()
     missing = [capability for capability, need in wanted.items() if need and not getattr(given, capability)]
     if missing:
         raise UsageError(

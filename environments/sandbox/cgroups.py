@@ -64,6 +64,15 @@ class Group:
         folder.mkdir()
         self.folders.append(folder)
 
+    def killed(self) -> bool:
+        """Whether the kernel has killed in the box for want of memory."""
+        for folder in self.folders:
+            for name in ("memory.oom_control", "memory.events"):
+                if (folder / name).exists():
+                    counts = dict(line.split() for line in (folder / name).read_text().splitlines())
+                    return int(counts.get("oom_kill", 0)) > 0
+        return False
+
     def remove(self) -> None:
         """Kill what is left and remove the folders. Raises OSError where something survives REMOVAL_SECONDS."""
         for folder in self.folders:

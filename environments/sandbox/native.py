@@ -22,7 +22,7 @@ from palaestra.environments.sandbox.cgroups import Group, disown, parents, sweep
 from palaestra.environments.sandbox.images import HOST, Config, Image
 from palaestra.environments.sandbox.shell import SUPERVISOR, Ended, Shell, Streams
 from palaestra.gym.outcome import Cause, Failure
-from palaestra.gym.sandbox import BoxLimits, Capabilities, Entry, Executed
+from palaestra.gym.sandbox import BoxLimits, Capabilities, Destroyed, Entry, Executed
 
 RANGE, FIRST, SLOTS = 1 << 16, 0x71000000, 4096
 """Ids of one box; where the boxes' ids begin on the host; how many boxes have ids of their own at once."""
@@ -144,8 +144,8 @@ class NativeBox:
         self, launching: Launching, pid: int, monitor: int, group: Group, streams: Streams, limits: BoxLimits
     ) -> None:
         self._launching = launching
-        self._pid, self._monitor = pid, monitor
-        self._init = os.pidfd_open(pid)
+        self.init, self._monitor = pid, monitor
+        self._handle = os.pidfd_open(pid)
         self._group = group
         self._streams = streams
         self.shell = Shell(streams, limits.output, self._stop)
@@ -156,15 +156,17 @@ class NativeBox:
         try:
             return await self.shell.exec(command, timeout)
         except Ended:
+            if self._group.killed():
+                raise Destroyed("the box ran out of memory and was ended") from None
             raise Failure(Cause.SANDBOX, "native: the box is gone") from None
 
     async def read(self, path: str) -> bytes:
         """See Box.read."""
-        return await self._visit({"visit": "read", "pid": self._pid, "path": path, "limit": READ})
+        return await self._visit({"visit": "read", "pid": self.init, "path": path, "limit": READ})
 
     async def put(self, entries: Mapping[str, Entry]) -> None:
         """See Box.put."""
-        await self._visit({"visit": "put", "pid": self._pid}, archives.packed(entries))
+        await self._visit({"visit": "put", "pid": self.init}, archives.packed(entries))
 
     async def write(self, path: str, content: str | bytes) -> None:
         """See Box.write."""
@@ -185,7 +187,7 @@ class NativeBox:
 
     def _stop(self, since: float) -> None:
         with suppress(OSError):
-            processes.stop(processes.beside(self._pid), since, (self._pid,))
+            processes.stop(processes.beside(self.init), since, (self.init,))
 
     async def destroy(self) -> None:
         """See Box.destroy."""
@@ -193,11 +195,11 @@ class NativeBox:
             return
         self._destroyed = True
         with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._init, signal.SIGKILL)
+            signal.pidfd_send_signal(self._handle, signal.SIGKILL)
         self._streams.close()
-        await _gone(self._init)
+        await _gone(self._handle)
         self._group.remove()
-        os.close(self._init)
+        os.close(self._handle)
 
 
 async def _gone(init: int) -> None:

@@ -45,7 +45,7 @@ class ProcessBox:
             "LANG": "C.UTF-8",
             "TERM": "dumb",
         }
-        self._init = subprocess.Popen(
+        self._process = subprocess.Popen(
             ["/bin/sh", "-c", ceilings + SUPERVISOR],
             stdin=commands[0], stdout=output[1], stderr=statuses[1], cwd=folder, start_new_session=True,
             env=environment | dict([self._mark.split("=")]),
@@ -99,19 +99,19 @@ class ProcessBox:
         return self._folder / path.removeprefix(WORK).lstrip("/")
 
     def _stop(self, since: float) -> None:
-        processes.stop(processes.marked(self._mark), since, (self._init.pid,))
+        processes.stop(processes.marked(self._mark), since, (self._process.pid,))
 
     async def destroy(self) -> None:
         """See Box.destroy."""
         if not self._folder.exists():
             return
-        self._init.kill()
+        self._process.kill()
         deadline = time.monotonic() + START_SECONDS
         while list(processes.marked(self._mark)) and time.monotonic() < deadline:
             processes.stop(processes.marked(self._mark), 0)
-            self._init.poll()
+            self._process.poll()
             await asyncio.sleep(0)
-        self._init.wait()
+        self._process.wait()
         self._streams.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 

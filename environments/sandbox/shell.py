@@ -30,6 +30,8 @@ CHUNK, CHUNKS = 1 << 16, 16
 """Bytes of one read, and reads before others have their turn."""
 GRACE, RESTART = 0.5, 5.0
 """Seconds in which a stopped command's shell, and a killed shell's successor, must report."""
+DYING = 0.01
+"""Seconds in which what was killed is gone."""
 FLOOD = 16
 """How many times the output that is kept a command may write before it is stopped."""
 
@@ -177,6 +179,7 @@ class _Command:
             self._shell._stop(0)
             if not await self._ends(RESTART):
                 self._gone = True
+        await asyncio.sleep(DYING)  # what it wrote last is its own, not the next command's
 
     def _send(self) -> None:
         try:

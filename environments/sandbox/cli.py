@@ -1,0 +1,96 @@
+"""`palaestra sandbox doctor | run | image`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from palaestra.gym.registry import UsageError, suggest
+from palaestra.gym.sandbox import BoxLimits
+
+app = typer.Typer(no_args_is_help=True, help="Boxes for commands that nobody has read.")
+image = typer.Typer(no_args_is_help=True, help="Root file systems that boxes start from.")
+app.add_typer(image, name="image")
+
+
+@app.command()
+def doctor() -> None:
+    """Print what works on this machine, and how to get the rest. Exits with 1 where no backend isolates."""
+    from palaestra.environments.sandbox.doctor import examine
+
+    findings = asyncio.run(examine())
+    for finding in findings:
+        typer.echo(f"{'ok  ' if finding.good else 'NO  '}{finding.name}: {finding.text}")
+    isolating = [f for f in findings if f.good and f.name in ("backend native", "backend docker")]
+    sys.exit(0 if isolating else 1)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def run(
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND [ARGUMENT]...")],
+    backend: Annotated[str, typer.Option(help="auto, native, docker or process")] = "auto",
+    image: Annotated[str, typer.Option(help="host, or the name of a stored image")] = "host",
+    limit: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE, such as memory=1G, processes=64, cpus=0.5")
+    ] = None,
+) -> None:
+    """Run one command in a fresh box, with our standard input and output; its exit status is ours."""
+    from palaestra.environments.sandbox.backends import open_backend
+
+    limits = limits_of(limit or [])
+
+    async def once() -> int:
+        opened = open_backend(backend)
+        try:
+            return await opened.run(image, limits, command)
+        finally:
+            await opened.close()
+
+    sys.exit(asyncio.run(once()))
+
+
+def limits_of(texts: list[str]) -> BoxLimits:
+    """Limits of KEY=VALUE texts; sizes may end in K, M or G. Raises UsageError."""
+    values: dict[str, Any] = {}
+    for text in texts:
+        key, _, value = text.partition("=")
+        if key not in BoxLimits.model_fields:
+            raise UsageError(f"--limit {text!r}: no limit {key!r}: {suggest(key, BoxLimits.model_fields)}")
+        values[key] = _bytes(value)
+    try:
+        return BoxLimits.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"--limit {first['loc'][0]}={first['input']}: {first['msg']}; such as memory=512M") from None
+
+
+def _bytes(text: str) -> str | int:
+    """A size such as 512M as bytes; any other text as it is."""
+    scale = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:].upper())
+    return int(text[:-1]) * scale if scale and text[:-1].isdigit() else text
+
+
+@image.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="a folder or tar of a root file system, an OCI layout, a docker save")],
+    name: Annotated[str, typer.Argument(help="such as team/base:1")],
+) -> None:
+    """Store an image for every backend."""
+    from palaestra.environments.sandbox.images import import_image
+
+    found = import_image(source, name)
+    typer.echo(f"{name}: {found.root}")
+
+
+@image.command("list")
+def list_() -> None:
+    """Print the names of the stored images."""
+    from palaestra.environments.sandbox.images import HOST, names
+
+    for name in (HOST, *names()):
+        typer.echo(name)
