@@ -35,17 +35,14 @@ def changes(content: bytes) -> dict[str, Entry | None]:
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         for member in archive:
             whiteout = member.ischr() and (member.devmajor, member.devminor) == (0, 0)
-            found[f"/{member.name}"] = None if whiteout else _entry(archive, member, found)
+            first = found.get(f"/{member.linkname}") if member.islnk() else None
+            file = archive.extractfile(member) if member.isreg() else None
+            found[f"/{member.name}"] = None if whiteout else first or entry(member, file.read() if file else b"")
     return found
 
 
-def _entry(archive: tarfile.TarFile, member: tarfile.TarInfo, seen: Mapping[str, Entry | None]) -> Entry:
-    content = b""
-    if member.isreg():
-        file = archive.extractfile(member)
-        content = file.read() if file else b""
-    elif member.issym():
+def entry(member: tarfile.TarInfo, content: bytes) -> Entry:
+    """What a member of an archive is; `content` of a regular file."""
+    if member.issym():
         content = member.linkname.encode(errors="surrogateescape")
-    elif member.islnk() and (first := seen.get(f"/{member.linkname}")) is not None:
-        return first
     return Entry(KINDS.get(member.type, "other"), member.mode, content, member.uid, member.gid)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from palaestra.environments.sandbox.docker import Docker
 from palaestra.environments.sandbox.native import Native
 from palaestra.environments.sandbox.process import Process
 from palaestra.gym.registry import UsageError
-from palaestra.gym.sandbox import Capabilities, Sandbox
+from palaestra.gym.sandbox import BoxLimits, Capabilities, Sandbox
 
 
 class Backend(Sandbox, Protocol):
     """A sandbox that can be ended."""
+
+    async def run(self, image: str, limits: BoxLimits, command: Sequence[str]) -> int:
+        """Run one command in a fresh box with our standard input, output and errors; its exit status."""
+        ...
 
     async def close(self) -> None:
         """End everything."""
         ...
 
 
-BACKENDS = {"native": Native, "process": Process}
+BACKENDS: dict[str, Callable[[], Backend]] = {"native": Native, "docker": Docker, "process": Process}
 
 
 def lacks_native() -> str:

@@ -126,7 +126,7 @@ def sweep() -> list[Path]:
     for parent in dict.fromkeys(parents().values()):
         for folder in parent.glob(f"{PREFIX}*-*"):
             _, pid, began = folder.name.split("-")
-            if _lives(int(pid), began):
+            if lives(int(pid), began):
                 continue
             for box in (*folder.glob("*/"), folder):
                 _remove(box)
@@ -134,7 +134,8 @@ def sweep() -> list[Path]:
     return removed
 
 
-def _lives(pid: int, began: str) -> bool:
+def lives(pid: int, began: str) -> bool:
+    """Whether the process that began then still runs."""
     try:
         return str(started(pid)) == began
     except OSError:

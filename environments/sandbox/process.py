@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,7 +38,6 @@ class ProcessBox:
         self._folder = folder
         self._mark = f"{MARK}={secrets.token_hex(8)}"
         commands, output, statuses = os.pipe(), os.pipe(), os.pipe()
-        ceilings = f"ulimit -c 0; ulimit -v {limits.memory // 1024}; ulimit -f {limits.disk // 512}; "
         environment = {
             "PATH": os.environ.get("PATH", os.defpath),
             "HOME": str(folder),
@@ -46,7 +45,7 @@ class ProcessBox:
             "TERM": "dumb",
         }
         self._process = subprocess.Popen(
-            ["/bin/sh", "-c", ceilings + SUPERVISOR],
+            ["/bin/sh", "-c", _ceilings(limits) + SUPERVISOR],
             stdin=commands[0], stdout=output[1], stderr=statuses[1], cwd=folder, start_new_session=True,
             env=environment | dict([self._mark.split("=")]),
         )  # fmt: skip
@@ -116,6 +115,10 @@ class ProcessBox:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
+def _ceilings(limits: BoxLimits) -> str:
+    return f"ulimit -c 0; ulimit -v {limits.memory // 1024}; ulimit -f {limits.disk // 512}; "
+
+
 def _entry(place: Path) -> Entry:
     found = place.lstat()
     mode = stat.S_IMODE(found.st_mode)
@@ -144,6 +147,13 @@ class Process:
             await box.destroy()
             raise Failure(Cause.SANDBOX, f"process: the box does not start: {problem}")
         return box
+
+    async def run(self, image: str, limits: BoxLimits, command: Sequence[str]) -> int:
+        """See Backend.run."""
+        script = _ceilings(limits) + 'exec "$@"'
+        with tempfile.TemporaryDirectory(prefix="palaestra-box-") as folder:
+            process = await asyncio.create_subprocess_exec("/bin/sh", "-c", script, "sh", *command, cwd=folder)
+            return await process.wait()
 
     async def close(self) -> None:
         """Nothing is shared."""
