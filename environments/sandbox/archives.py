@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from collections.abc import Mapping
+from pathlib import Path
 
 from palaestra.gym.sandbox import Entry
 
@@ -29,16 +31,27 @@ def packed(entries: Mapping[str, Entry]) -> bytes:
     return out.getvalue()
 
 
-def changes(content: bytes) -> dict[str, Entry | None]:
-    """The entries of an overlay's upper layer: None where it has a whiteout."""
+def changes(content: bytes, lower: Path | None = None) -> dict[str, Entry | None]:
+    """The entries of an overlay's upper layer: None where it has a whiteout, and for what an opaque folder hides of
+    `lower`, the layer below."""
     found: dict[str, Entry | None] = {}
+    hidden: list[str] = []
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         for member in archive:
             whiteout = member.ischr() and (member.devmajor, member.devminor) == (0, 0)
             first = found.get(f"/{member.linkname}") if member.islnk() else None
             file = archive.extractfile(member) if member.isreg() else None
             found[f"/{member.name}"] = None if whiteout else first or entry(member, file.read() if file else b"")
-    return found
+            if OPAQUE in member.pax_headers and lower is not None and (lower / member.name).is_dir():
+                hidden += [f"/{member.name}/{name}" for name in os.listdir(lower / member.name)]
+    return {**dict.fromkeys(hidden), **found}
+
+
+def beyond(baseline: Mapping[str, Entry | None], found: Mapping[str, Entry | None]) -> dict[str, Entry | None]:
+    """What is found and differs from the baseline; None for what only that has."""
+    absent = object()
+    new = {path: entry for path, entry in found.items() if baseline.get(path, absent) != entry}
+    return {**dict.fromkeys(path for path in baseline if path not in found), **new}
 
 
 def entry(member: tarfile.TarInfo, content: bytes) -> Entry:

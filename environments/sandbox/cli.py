@@ -75,6 +75,19 @@ def _bytes(text: str) -> str | int:
     return int(text[:-1]) * scale if scale and text[:-1].isdigit() else text
 
 
+@image.command()
+def build(
+    name: Annotated[str, typer.Option(help="what to call it")] = "palaestra/base",
+    registry: Annotated[
+        bool, typer.Option("--registry", help="from Docker's debian image, not by debootstrap")
+    ] = False,
+) -> None:
+    """Make the base image, Debian with the usual tools: minutes."""
+    from palaestra.environments.sandbox.base import build as make
+
+    typer.echo(f"{name}: {make(name, registry, typer.echo).root}")
+
+
 @image.command("import")
 def import_(
     source: Annotated[Path, typer.Argument(help="a folder or tar of a root file system, an OCI layout, a docker save")],

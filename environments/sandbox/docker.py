@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import os
 import select
 import socket
 import struct
+import subprocess
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -233,6 +235,26 @@ def _changes_of(api: Any, container: str) -> dict[str, Entry | None]:
     return found
 
 
+def _provide(api: Any, image: str) -> None:
+    """Give the daemon an image of our store where it lacks it. Raises UsageError where neither has it."""
+    import docker
+
+    with suppress(docker.errors.ImageNotFound):
+        api.inspect_image(image)
+        return
+    stored = images.find(image)
+    name, _, tag = image.partition(":")
+    settings = [f"ENV {key}={json.dumps(value)}" for key, value in stored.config.environment.items()]
+    command = ["tar", "-C", str(stored.root), "--numeric-owner", "-cf", "-", "."]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as packing:
+        api.import_image_from_stream(
+            packing.stdout,
+            repository=name,
+            tag=tag or "latest",
+            changes=[*settings, f"WORKDIR {stored.config.workdir}"],
+        )
+
+
 def _remove(api: Any, container: str) -> None:
     import docker
 
@@ -308,6 +330,7 @@ class Docker:
     def _start(
         self, api: Any, image: str, limits: BoxLimits, command: Sequence[str] = ("/bin/sh", "-c", SUPERVISOR)
     ) -> tuple[str, int, socket.socket]:
+        _provide(api, image)
         container = api.create_container(
             image,
             list(command),

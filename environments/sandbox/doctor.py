@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 from palaestra.environments.sandbox import cgroups, images
 from palaestra.environments.sandbox.backends import BACKENDS, Backend
+from palaestra.environments.sandbox.base import NAME
 from palaestra.gym.outcome import Failure
+from palaestra.gym.registry import UsageError
 from palaestra.gym.sandbox import BoxLimits
 
 
@@ -57,12 +59,12 @@ async def backend(name: str, make: Callable[[], Backend]) -> Finding:
     try:
         opened = make()
         try:
-            box = await opened.create(images.HOST, BoxLimits())
+            box = await opened.create(NAME if name.endswith("docker") else images.HOST, BoxLimits())
             done = await box.exec("echo works", 10.0)
             await box.destroy()
         finally:
             await opened.close()
-    except (Failure, OSError) as error:
+    except (UsageError, Failure, OSError) as error:
         return Finding(name, False, str(error))
     seconds = time.perf_counter() - started
     given = opened.capabilities.model_dump()

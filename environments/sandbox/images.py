@@ -126,7 +126,7 @@ def _copied(source: Path, root: Path) -> Config:
             apply_layer(archive, root)
         if packing.wait():
             raise OSError(f"tar could not read all of {source}")
-    return Config()
+    return Config(workdir="/work" if (root / "work").is_dir() else "/")
 
 
 class _Folder:

@@ -141,11 +141,19 @@ class NativeBox:
     """A live box."""
 
     def __init__(
-        self, launching: Launching, pid: int, monitor: int, group: Group, streams: Streams, limits: BoxLimits
+        self,
+        launching: Launching,
+        image: Image,
+        answer: Mapping[str, Any],
+        group: Group,
+        streams: Streams,
+        limits: BoxLimits,
     ) -> None:
         self._launching = launching
-        self.init, self._monitor = pid, monitor
-        self._handle = os.pidfd_open(pid)
+        self._image = image
+        self.baseline: Mapping[str, Entry | None] = {}
+        self.init, self._monitor = answer["pid"], answer["monitor"]
+        self._handle = os.pidfd_open(self.init)
         self._group = group
         self._streams = streams
         self.shell = Shell(streams, limits.output, self._stop)
@@ -175,7 +183,12 @@ class NativeBox:
 
     async def diff(self) -> Mapping[str, Entry | None]:
         """See Box.diff."""
-        return archives.changes(await self._visit({"visit": "diff", "pid": self._monitor, "limit": COLLECTED}))
+        return archives.beyond(self.baseline, await self.layer())
+
+    async def layer(self) -> Mapping[str, Entry | None]:
+        """The whole writable layer, the baseline included."""
+        packed = await self._visit({"visit": "diff", "pid": self._monitor, "limit": COLLECTED})
+        return archives.changes(packed, None if self._image is HOST_IMAGE else self._image.root)
 
     async def _visit(self, request: Mapping[str, Any], content: bytes = b"") -> bytes:
         word, ended, answer = (await self._launching.visit(request, content)).partition(b"\n")
@@ -224,6 +237,7 @@ class Native:
         )
         self._launching = Launching()
         self._slots = itertools.count()
+        self._skeleton: Mapping[str, Entry | None] = {}
         sweep()
 
     async def create(self, image: str, limits: BoxLimits) -> NativeBox:
@@ -242,6 +256,9 @@ class Native:
         if problem := await box.shell.starts(LAUNCH_SECONDS):
             await box.destroy()
             raise Failure(Cause.SANDBOX, f"native: the box does not start: {problem}")
+        if image == HOST:
+            self._skeleton = self._skeleton or await box.layer()
+            box.baseline = self._skeleton
         return box
 
     async def _start(
@@ -267,7 +284,7 @@ class Native:
         except BaseException:
             group.remove()
             raise
-        return NativeBox(self._launching, answer["pid"], answer["monitor"], group, streams, limits)
+        return NativeBox(self._launching, found, answer, group, streams, limits)
 
     async def run(self, image: str, limits: BoxLimits, command: Sequence[str]) -> int:
         """Run one command in a fresh box with our standard input, output and errors; its exit status."""
