@@ -52,7 +52,7 @@ class DockerBox:
             asyncio.create_task(_pump_in(commands[0], peer)),
             asyncio.create_task(_pump_out(peer, {1: output[1], 2: statuses[1]})),
         ]
-        self.shell = Shell(self._streams, limits.output, self._stop)
+        self.shell = Shell(self._streams, limits.output, self._stop, marks=True)
         self._destroyed = False
 
     async def exec(self, command: str, timeout: float) -> Executed:
@@ -105,7 +105,7 @@ class DockerBox:
             pump.cancel()
         await asyncio.gather(*self._pumps, return_exceptions=True)
         self._streams.close()
-        await self._backend.call("destroy", partial(_remove, container=self._container))
+        await self._backend.remove(self, self._container)
 
 
 async def _pump_in(commands: int, peer: socket.socket) -> None:
@@ -263,18 +263,19 @@ def _remove(api: Any, container: str) -> None:
 
 
 class Docker:
-    """The backend. `quota`: whether the daemon's storage can bound a container's disk (overlay2 on xfs with pquota)."""
+    """The backend. `warm`: how many boxes of the image last asked for are made before they are asked for."""
 
     def __init__(self, warm: int = 0) -> None:
         self._api = _connect()
         self._gate = asyncio.Semaphore(AT_ONCE)
         self._owner = f"{os.getpid()}-{processes.started(os.getpid())}"
         info = self._api.info()
-        self.quota = info["Driver"] == "overlay2" and ["Backing Filesystem", "xfs"] in info.get("DriverStatus", [])
+        self._quota = _has_quota(info)
         self.capabilities = Capabilities(
-            isolation=True, memory=True, disk_quota=self.quota, processes=True, no_network=True
+            isolation=True, memory=True, disk_quota=self._quota, processes=True, no_network=True
         )
         self._warm = warm
+        self._live: set[DockerBox] = set()
         self._ready: dict[tuple[str, str], list[asyncio.Task[DockerBox]]] = defaultdict(list)
         self._sweep()
 
@@ -292,6 +293,11 @@ class Docker:
                     raise
                 raise Failure(Cause.SANDBOX, f"docker: {what}: {error}") from error
 
+    async def remove(self, box: DockerBox, container: str) -> None:
+        """Remove a box's container."""
+        self._live.discard(box)
+        await self.call("destroy", partial(_remove, container=container))
+
     async def create(self, image: str, limits: BoxLimits) -> DockerBox:
         """See Sandbox.create. With a warm pool a box may be ready, and another is begun."""
         waiting = self._ready[image, limits.model_dump_json()]
@@ -307,6 +313,7 @@ class Docker:
             raise Failure(Cause.SANDBOX, NO_IMAGE)
         container, pid, peer = await self.call("create", partial(self._start, image=image, limits=limits))
         box = DockerBox(self, container, pid, peer, limits)
+        self._live.add(box)
         if problem := await box.shell.starts(START_SECONDS):
             await box.destroy()
             raise Failure(Cause.SANDBOX, f"docker: the box does not start: {problem}")
@@ -369,7 +376,7 @@ class Docker:
                 docker.types.Ulimit(name="core", soft=0, hard=0),
                 docker.types.Ulimit(name="nofile", soft=1024, hard=1024),
             ],
-            storage_opt={"size": str(limits.disk)} if self.quota else None,
+            storage_opt={"size": str(limits.disk)} if self._quota else None,
         )
 
     def _sweep(self) -> None:
@@ -380,13 +387,18 @@ class Docker:
                 _remove(self._api, container["Id"])
 
     async def close(self) -> None:
-        """End the boxes that wait, and the connection."""
+        """End every box, and the connection."""
         waiting = [task for tasks in self._ready.values() for task in tasks]
         self._ready.clear()
-        for box in await asyncio.gather(*waiting, return_exceptions=True):
-            if isinstance(box, DockerBox):
-                await box.destroy()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        await asyncio.gather(*(box.destroy() for box in list(self._live)), return_exceptions=True)
         self._api.close()
+
+
+def _has_quota(info: Mapping[str, Any]) -> bool:
+    """Whether the daemon can bound a container's disk: overlay2 on xfs, which must be mounted with pquota. Btrfs offers
+    it too, but its counts were seen to go wrong as soon as containers are removed."""
+    return info["Driver"] == "overlay2" and ["Backing Filesystem", "xfs"] in info.get("DriverStatus", [])
 
 
 def _connect() -> Any:

@@ -83,10 +83,12 @@ class Output:
 
 class Shell:
     """Runs one command at a time. `kept`: bytes of a command's output that are kept; `stop(since)` kills what began in
-    the box after `since` (seconds of CLOCK_BOOTTIME), and with 0 everything but its init."""
+    the box after `since` (seconds of CLOCK_BOOTTIME), and with 0 everything but its init; `marks`: whether the streams
+    are carried apart, so that a status may overtake output, whose end is then marked too."""
 
-    def __init__(self, streams: Streams, kept: int, stop: Callable[[float], None]) -> None:
+    def __init__(self, streams: Streams, kept: int, stop: Callable[[float], None], marks: bool = False) -> None:
         self._streams = streams
+        self._marks = marks
         self._kept = kept
         self._stop = stop
         self._said = b""
@@ -139,7 +141,11 @@ class _Command:
         self._streams = shell._streams
         self._nonce = secrets.token_hex(8)
         call = f"{{ eval {shlex.quote(command)}\n}} </dev/null >&4 2>&1 3<&- 4>&- 5>&-"
-        self._line = f"{call}; echo {self._nonce} $? >&5\n".encode()
+        mark = f"; echo {self._nonce} >&4" if shell._marks else ""
+        self._mark = f"{self._nonce}\n".encode() if shell._marks else b""
+        self._last = b""
+        self._marked = not shell._marks
+        self._line = f"{call}; echo {self._nonce} $? >&5{mark}\n".encode()
         self._output = Output(shell._kept)
         self._flood = FLOOD * shell._kept
         self._event = asyncio.Event()
@@ -163,12 +169,15 @@ class _Command:
             loop.remove_writer(self._streams.commands)
         if self._status is None:
             raise Ended
-        return Executed(self._status, self._output.content(), stopped)
+        return Executed(self._status, self._output.content().replace(self._mark, b""), stopped)
 
     async def _ends(self, seconds: float) -> bool:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._event.wait(), seconds)
-        return self._status is not None or self._gone
+        return self._over()
+
+    def _over(self) -> bool:
+        return self._gone or (self._status is not None and self._marked)
 
     async def _be_stopped(self, began: float) -> None:
         """Kill what the command started; if it is the shell itself that is busy, kill that too."""
@@ -199,8 +208,11 @@ class _Command:
     def _read_output(self) -> None:
         with suppress(BlockingIOError):
             for _ in range(CHUNKS):
-                self._output.add(os.read(self._streams.output, CHUNK))
-        if self._output.total > self._flood:
+                part = os.read(self._streams.output, CHUNK)
+                self._output.add(part)
+                self._last = (self._last + part)[-len(part) - len(self._mark) :]
+                self._marked = self._marked or self._mark in self._last
+        if self._over() or self._output.total > self._flood:
             self._event.set()
 
     def _read_statuses(self) -> None:
@@ -213,5 +225,6 @@ class _Command:
             word, _, number = line.partition(b" ")
             if word in (self._nonce.encode(), b"ended") and number.isdigit():
                 self._status = int(number)
-        if self._status is not None or self._gone:
+                self._marked = self._marked or word == b"ended"  # a shell that has ended marks nothing
+        if self._over():
             self._event.set()
