@@ -384,7 +384,8 @@ async def test_the_collector_follows_no_link_waits_for_no_fifo_and_swallows_no_h
     for name in ("out", "fifo", "hole", "loop", "dir", "sock"):
         with pytest.raises(OSError):  # noqa: PT011 (which one differs)
             await asyncio.wait_for(box.read(f"/work/{name}"), 5)
-    assert SECRET.encode() not in await box.read("/work/env")
+    with suppress(OSError):
+        assert SECRET.encode() not in await box.read("/work/env")
     with suppress(OSError):
         assert await box.read("/work/up") != Path("/etc/shadow").read_bytes()
     with pytest.raises(OSError, match="limit"):
@@ -441,5 +442,7 @@ async def test_a_backend_that_is_closed_takes_its_boxes_along(name):
     boxes = [await backend.create(backend.image, SMALL) for _ in range(3)]
     await backend.close()
     await vanish([box.init for box in boxes])
-    with pytest.raises(Failure):
-        await boxes[0].exec("true", 2)
+    for _ in range(2):
+        with pytest.raises(Failure):
+            await boxes[0].exec("true", 2)
+        await boxes[0].destroy()

@@ -33,7 +33,10 @@ AT_ONCE = 4
 """Calls to the daemon at once: on two cores it makes no more containers a second with more."""
 CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "SETUID", "SETGID", "KILL", "NET_BIND_SERVICE"]
 LINKS = 16
-KINDS = {0: "changed", 1: "added", 2: "removed"}
+REMOVED = 2
+"""The kind of a change (Docker Engine API, changes)."""
+PATHS = 500
+"""Paths of one command line."""
 NO_IMAGE = "docker: a container needs an image; `palaestra sandbox image build` makes one"
 FRAME = struct.Struct(">BxxxL")
 
@@ -60,7 +63,8 @@ class DockerBox:
         try:
             return await self.shell.exec(command, timeout)
         except Ended:
-            pass
+            if self._destroyed:
+                raise Failure(Cause.SANDBOX, "docker: the box has been destroyed") from None
         state = await self._backend.call("inspect", lambda api: api.inspect_container(self._container)["State"])
         if state["OOMKilled"]:
             raise Destroyed("the box ran out of memory and was ended")
@@ -218,21 +222,28 @@ def _file_of(api: Any, container: str, path: str) -> tuple[tarfile.TarInfo, byte
 
 
 def _changes_of(api: Any, container: str) -> dict[str, Entry | None]:
-    """The container's changed paths, each with what stands there."""
+    """The container's changed paths, each with what stands there; packed by the box's own tar."""
     changes = api.diff(container) or []
-    found: dict[str, Entry | None] = {}
+    found: dict[str, Entry | None] = {c["Path"]: None for c in changes if c["Kind"] == REMOVED}
+    paths = sorted({c["Path"] for c in changes if c["Kind"] != REMOVED})
     total = 0
-    for change in changes:
-        path = change["Path"]
-        if KINDS[change["Kind"]] == "removed":
-            found[path] = None
-            continue
-        member, content = _file_of(api, container, path)
-        total += member.size
-        if total > COLLECTED:
-            raise OSError(f"the changed files have more than {COLLECTED} bytes")
-        found[path] = archives.entry(member, content)
+    for start in range(0, len(paths), PATHS):
+        packed = _packed(api, container, paths[start : start + PATHS], COLLECTED - total)
+        total += len(packed)
+        found |= archives.changes(packed)
     return found
+
+
+def _packed(api: Any, container: str, paths: Sequence[str], limit: int) -> bytes:
+    names = [path.lstrip("/") for path in paths]
+    command = ["tar", "-C", "/", "--numeric-owner", "--no-recursion", "--format=pax", "-cf", "-", "--", *names]
+    stream = api.exec_start(api.exec_create(container, command)["Id"], stream=True, demux=True)
+    kept = bytearray()
+    for content, _ in stream:
+        kept += content or b""
+        if len(kept) > limit:
+            raise OSError(f"the changed files have more bytes than the limit, {COLLECTED}")
+    return bytes(kept)
 
 
 def _provide(api: Any, image: str) -> None:

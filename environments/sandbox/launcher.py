@@ -280,13 +280,16 @@ def enter(pid: int) -> None:
 def read(path: str, limit: int) -> bytes:
     """The content of a regular file. Raises OSError for anything else, and for one of more than `limit` bytes."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-    with open(descriptor, "rb") as file:
+    try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise OSError(f"{path} is no regular file")
         if found.st_size > limit:
             raise OSError(f"{path} has {found.st_size} bytes; the limit is {limit}")
-        return file.read(limit)
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(limit)
+    finally:
+        os.close(descriptor)
 
 
 def put(stream: BinaryIO) -> None:

@@ -41,14 +41,15 @@ class Streams:
 
     def __init__(self, commands: int, output: int, statuses: int) -> None:
         self.commands, self.output, self.statuses = commands, output, statuses
+        self.closed = False
         for descriptor in (commands, output, statuses):
             os.set_blocking(descriptor, False)
 
     def close(self) -> None:
-        """Close all three."""
-        for descriptor in (self.commands, self.output, self.statuses):
-            with suppress(OSError):
-                os.close(descriptor)
+        """Close all three. Idempotent."""
+        for descriptor in () if self.closed else (self.commands, self.output, self.statuses):
+            os.close(descriptor)
+        self.closed = True
 
 
 class Ended(Exception):
@@ -130,6 +131,8 @@ class Shell:
         Raises Ended where the box is gone.
         """
         async with self._lock:
+            if self._streams.closed:
+                raise Ended
             return await _Command(self, command).run(timeout)
 
 

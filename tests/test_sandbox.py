@@ -1,0 +1,352 @@
+"""Boxes as their users meet them: files in and out, images, backends by name, the commands."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+from boxes import IMAGES, ISOLATING, SMALL, enforcing
+from typer.testing import CliRunner
+
+from palaestra.environments.sandbox import archives, cgroups, images, seccomp
+from palaestra.environments.sandbox.backends import open_backend, refuse
+from palaestra.environments.sandbox.cli import app, limits_of
+from palaestra.gym.outcome import Failure
+from palaestra.gym.registry import UsageError
+from palaestra.gym.sandbox import BoxLimits, Capabilities, Entry
+
+ALL = [*ISOLATING, "process"]
+IMAGE = {**IMAGES, "process": images.HOST}
+
+
+@pytest.fixture(params=ALL)
+async def backend(request):
+    with pytest.warns(UserWarning, match="isolates nothing") if request.param == "process" else _nothing():
+        opened = open_backend(request.param)
+    opened.image = IMAGE[request.param]
+    yield opened
+    await opened.close()
+
+
+class _nothing:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return False
+
+
+@pytest.fixture
+async def box(backend):
+    box = await backend.create(backend.image, SMALL.model_copy(update={"memory": 512 << 20}))
+    yield box
+    await box.destroy()
+
+
+async def test_a_shell_keeps_its_folder_and_variables(box):
+    assert (await box.exec('mkdir in; cd in; export X=1; f() { echo "$X$1"; }', 5)).status == 0
+    assert (await box.exec("f 2; basename $PWD", 5)).output == b"12\nin\n"
+    done = await box.exec("echo out; echo err >&2; (exit 7)", 5)
+    assert (done.status, done.output, done.timed_out) == (7, b"out\nerr\n", False)
+
+
+async def test_what_is_put_comes_back(box):
+    entries = {
+        "/work/deep/er/file": Entry("file", 0o640, b"\0\xff\n"),
+        "/work/folder": Entry("directory", 0o750),
+        "/work/link": Entry("link", 0o777, b"deep/er/file"),
+    }
+    await box.put(entries)
+    await box.write("/work/text", "grüße\n")
+    assert await box.read("/work/link") == b"\0\xff\n"
+    assert (await box.exec("cat text; stat -c %a deep/er/file folder; readlink link", 5)).output.decode() == (
+        "grüße\n640\n750\ndeep/er/file\n"
+    )
+    found = await box.diff()
+    for path, entry in entries.items():
+        assert (found[path].kind, found[path].content) == (entry.kind, entry.content)
+    assert found["/work/deep/er/file"].mode == 0o640
+    with pytest.raises(OSError, match="no regular file"):
+        await box.read("/work/folder")
+    with pytest.raises(FileNotFoundError) if False else pytest.raises(OSError):  # noqa: PT011
+        await box.read("/work/nothing")
+
+
+@pytest.mark.parametrize("backend", ISOLATING, indirect=True)
+async def test_a_difference_names_what_is_gone_and_what_is_changed(box):
+    await box.exec("rm -r /root; chmod 700 /work; echo x > /etc/new", 5)
+    found = await box.diff()
+    assert found["/root"] is None
+    assert found["/work"].mode == 0o700
+    assert found["/etc/new"].content == b"x\n"
+    assert not [path for path in found if path.startswith(("/usr", "/proc", "/dev"))]
+
+
+@pytest.mark.parametrize("backend", ISOLATING, indirect=True)
+async def test_a_fresh_box_differs_in_nothing(box):
+    assert not {path: entry for path, entry in (await box.diff()).items() if entry is None or entry.kind != "directory"}
+
+
+async def test_many_boxes_live_at_once_and_work_side_by_side(backend):
+    boxes = await asyncio.gather(*(backend.create(backend.image, SMALL) for _ in range(8)))
+    started = time.monotonic()
+    done = await asyncio.gather(*(box.exec(f"sleep 0.5; echo {number}", 10) for number, box in enumerate(boxes)))
+    assert [result.output for result in done] == [f"{number}\n".encode() for number in range(8)]
+    assert time.monotonic() - started < 3
+    await asyncio.gather(*(box.destroy() for box in boxes))
+
+
+async def test_commands_of_one_box_wait_for_one_another(box):
+    done = await asyncio.gather(*(box.exec(f"X={n}; sleep 0.05; echo $X", 10) for n in range(4)))
+    assert [result.output for result in done] == [b"0\n", b"1\n", b"2\n", b"3\n"]
+
+
+async def test_an_image_that_is_not_there_is_named(backend):
+    with pytest.raises((UsageError, Failure), match="no-such"):
+        await backend.create("no-such", SMALL)
+
+
+# -- which backend
+
+
+def test_a_backend_that_gives_less_than_is_needed_is_refused():
+    with pytest.raises(UsageError, match=r"process does not enforce isolation, disk_quota"):
+        refuse("process", Capabilities(), Capabilities(isolation=True, disk_quota=True))
+    with pytest.raises(UsageError, match="no sandbox backend 'podman'"):
+        open_backend("podman")
+
+
+def test_a_machine_without_bubblewrap_is_told_how_to_get_it(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UsageError, match="apt-get install bubblewrap"):
+        open_backend()
+
+
+# -- images
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return images.store()
+
+
+def layer(entries) -> bytes:
+    """A tar of (name, content): None is a folder, a text a link's target, bytes a file."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, content in entries:
+            member = tarfile.TarInfo(name)
+            member.mode = 0o755
+            if content is None:
+                member.type = tarfile.DIRTYPE
+            elif isinstance(content, str):
+                member.type, member.linkname = tarfile.SYMTYPE, content
+            else:
+                member.size = len(content)
+            archive.addfile(member, io.BytesIO(content if isinstance(content, bytes) else b""))
+    return out.getvalue()
+
+
+LOWER = [("a", None), ("a/x", b"1"), ("a/y", b"2"), ("abs", "/a"), ("b", None), ("b/z", b"3")]
+UPPER = [("a/.wh.x", b""), ("abs/new", b"n"), ("b/.wh..wh..opq", b""), ("b/w", b"4"), ("evil", "/etc"), ("evil/pwn", b"x"), ("../../up", b"u")]  # fmt: skip
+FOUND = {"a/new": b"n", "a/y": b"2", "b/w": b"4", "etc/pwn": b"x", "up": b"u"}
+
+
+def saved(path: Path) -> None:
+    """What `docker save` writes."""
+    manifest = [{"Config": "c.json", "Layers": ["1/layer.tar", "2/layer.tar"]}]
+    config = {"config": {"Env": ["A=b=c"], "WorkingDir": "/a"}}
+    parts = [("1/layer.tar", layer(LOWER)), ("2/layer.tar", layer(UPPER)), ("c.json", json.dumps(config).encode())]
+    path.write_bytes(layer([*parts, ("manifest.json", json.dumps(manifest).encode())]))
+
+
+def layout(path: Path) -> None:
+    """An OCI layout in a folder."""
+    blobs = path / "blobs" / "sha256"
+    blobs.mkdir(parents=True)
+
+    def blob(name: str, content: bytes) -> dict[str, str]:
+        (blobs / name).write_bytes(content)
+        return {"digest": f"sha256:{name}"}
+
+    layers = [blob("l1", layer(LOWER)), blob("l2", layer(UPPER))]
+    config = blob("c", json.dumps({"config": {"Env": ["A=b=c"], "WorkingDir": "/a"}}).encode())
+    manifest = blob("m", json.dumps({"config": config, "layers": layers}).encode())
+    (path / "index.json").write_text(json.dumps({"manifests": [manifest]}))
+    (path / "oci-layout").write_text("{}")
+
+
+@pytest.mark.parametrize("write", [saved, layout])
+def test_layers_are_applied_in_order_and_never_beside_the_image(store, tmp_path, write):
+    write(tmp_path / "source")
+    found = images.import_image(tmp_path / "source", "team/tools:1")
+    assert {
+        str(p.relative_to(found.root)): p.read_bytes()
+        for p in found.root.rglob("*")
+        if p.is_file() and "abs" not in p.parts and "evil" not in p.parts
+    } == FOUND
+    assert found.config.environment["A"] == "b=c"
+    assert found.config.workdir == "/a"
+    assert images.names() == ["team/tools:1"]
+    assert not Path("/etc/pwn").exists()
+
+
+def test_a_folder_and_its_tar_are_the_same_image(store, tmp_path):
+    root = tmp_path / "root"
+    (root / "bin").mkdir(parents=True)
+    (root / "bin" / "tool").write_text("x")
+    (root / "bin" / "tool").chmod(0o4755)
+    os.link(root / "bin" / "tool", root / "bin" / "twin")
+    subprocess.run(["tar", "-C", root, "-czf", tmp_path / "root.tgz", "."], check=True)
+    for source, name in ((root, "folder"), (tmp_path / "root.tgz", "packed")):
+        found = images.import_image(source, name).root
+        assert (found / "bin" / "tool").stat().st_mode & 0o7777 == 0o4755
+        assert (found / "bin" / "tool").stat().st_nlink == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "words"),
+    [(b"no archive", "x", "cannot import"), (layer([("a", "b"), ("b", "a"), ("a/c", b"")]), "x", "links without end"), (b"", "Bad Name", "is no name"), (b"", "host", "is no name")],
+)  # fmt: skip
+def test_what_cannot_be_imported_leaves_nothing(store, tmp_path, content, name, words):
+    (tmp_path / "source").write_bytes(content)
+    with pytest.raises(UsageError, match=words):
+        images.import_image(tmp_path / "source", name)
+    assert images.names() == []
+    assert not store.exists() or not list(store.iterdir())
+
+
+@pytest.mark.skipif("native" not in ISOLATING or os.geteuid() != 0, reason="root's native backend")
+async def test_a_box_of_an_image_writes_beside_it(store, tmp_path):
+    root = tmp_path / "root"
+    for program in ("/bin/sh", "/usr/bin/cat", "/usr/bin/rm", "/usr/bin/id"):
+        _with_libraries(Path(program).resolve(), root, program)
+    (root / "etc").mkdir()
+    (root / "etc" / "secret").write_text("for root")
+    (root / "etc" / "secret").chmod(0o600)
+    (root / "etc" / "old").write_text("old")
+    images.import_image(root, "tiny")
+    backend = open_backend("native")
+    box = await backend.create("tiny", SMALL)
+    try:
+        assert (await box.exec("id -u; cat /etc/secret; rm /etc/old; echo new > /etc/new", 5)).output == b"0\nfor root"
+        found = await box.diff()
+        assert found["/etc/old"] is None
+        assert found["/etc/new"].content == b"new\n"
+    finally:
+        await box.destroy()
+        await backend.close()
+    assert sorted(path.name for path in (images.find("tiny").root / "etc").iterdir()) == ["old", "secret"]
+
+
+def _with_libraries(program: Path, root: Path, name: str) -> None:
+    """Copy a program and what it is linked to."""
+    listed = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+    libraries = [word for word in listed.split() if word.startswith("/")]
+    for source, target in ((program, name), *((Path(library), library) for library in libraries)):
+        place = root / target.lstrip("/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(source.read_bytes())
+        place.chmod(0o755)
+
+
+# -- pieces
+
+
+def test_what_is_packed_is_found_again():
+    entries = {
+        "/a": Entry("directory", 0o711, b"", 5, 6),
+        "/a/f": Entry("file", 0o4750, b"x" * 5000, 1, 2),
+        "/a/l": Entry("link", 0o777, b"../f"),
+    }
+    assert archives.changes(archives.packed(entries)) == entries
+    with pytest.raises(ValueError, match="cannot make an entry of kind 'other'"):
+        archives.packed({"/x": Entry("other", 0)})
+
+
+def test_what_lies_beyond_a_baseline():
+    one, two = Entry("file", 0o644, b"1"), Entry("file", 0o644, b"2")
+    assert archives.beyond({"/a": one, "/b": one, "/c": None}, {"/a": one, "/b": two, "/d": one, "/c": None}) == {
+        "/b": two,
+        "/d": one,
+    }
+    assert archives.beyond({"/a": one}, {}) == {"/a": None}
+
+
+def test_the_filter_is_whole_on_both_machines():
+    for machine in seccomp.ARCHITECTURES:
+        program = seccomp.program(machine)
+        assert len(program) % 8 == 0
+        assert len(program) // 8 < 4096
+
+
+@pytest.mark.skipif(not cgroups.parents(), reason="no control group may be made here")
+def test_what_a_killed_owner_left_is_swept(tmp_path):
+    code = "from palaestra.environments.sandbox.cgroups import Group; from palaestra.gym.sandbox import BoxLimits; import os, signal; print(Group('left', BoxLimits()).folders[0]); import sys; sys.stdout.flush(); os.kill(os.getpid(), signal.SIGKILL)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    left = Path(done.stdout.strip())
+    assert left.exists(), done.stderr
+    cgroups.sweep()
+    assert not left.exists()
+    assert not left.parent.exists()
+
+
+# -- commands
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("mem=1", "no limit 'mem'"), ("memory=lots", "memory=lots"), ("cpus=-1", "cpus=-1")]
+)
+def test_a_bad_limit_is_named(text, words):
+    with pytest.raises(UsageError, match=words):
+        limits_of([text])
+    assert limits_of(["memory=64M", "cpus=0.5", "processes=9"]) == BoxLimits(memory=64 << 20, cpus=0.5, processes=9)
+
+
+@pytest.mark.skipif("native" not in ISOLATING, reason="no native backend")
+def test_run_passes_streams_and_status_through():
+    command = [
+        sys.executable,
+        "-c",
+        "from palaestra.environments.sandbox.cli import app; app()",
+        "run",
+        "--limit",
+        "memory=64M",
+        "--",
+        "sh",
+        "-c",
+        "cat; echo err >&2; id -u; exit 7",
+    ]
+    done = subprocess.run(command, input="in\n", capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (7, "in\n0\n", "err\n")
+
+
+def test_the_doctor_says_what_works():
+    done = CliRunner().invoke(app, ["doctor"])
+    assert "backend native" in done.output
+    assert ("ok  backend native" in done.output) == ("native" in ISOLATING)
+    assert done.exit_code == (0 if ISOLATING else 1)
+
+
+@pytest.mark.parametrize("name", enforcing("isolation"))
+async def test_a_launcher_that_is_killed_is_a_failure_of_the_machine(name):
+    if name != "native":
+        return
+    backend = open_backend(name)
+    box = await backend.create(images.HOST, SMALL)
+    backend._launching._process.kill()
+    with pytest.raises(Failure, match="sandbox"):
+        await box.exec("sleep 5", 10)
+    with pytest.raises(Failure, match="sandbox"):
+        await backend.create(images.HOST, SMALL)
+    await box.destroy()
+    await backend.close()
