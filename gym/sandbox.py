@@ -55,6 +55,13 @@ class Entry(NamedTuple):
     gid: int = 0
 
 
+class Process(NamedTuple):
+    """A process of a box: its number there, and its arguments."""
+
+    pid: int
+    arguments: tuple[str, ...]
+
+
 class Box(Protocol):
     """One live sandbox. Whatever goes wrong with it raises Failure(SANDBOX); Destroyed, where its own commands did it."""
 
@@ -76,6 +83,14 @@ class Box(Protocol):
 
     async def diff(self) -> Mapping[str, Entry | None]:
         """The paths that changed since the box was made, absolute, with what stands there; None for a removed one."""
+        ...
+
+    async def processes(self) -> list[Process]:
+        """Who runs in the box, its init and shell included, as the host sees them."""
+        ...
+
+    async def ask(self, port: int, request: bytes, timeout: float) -> bytes:
+        """What a service at a port of the box's loopback answers until it closes. Raises OSError."""
         ...
 
     async def destroy(self) -> None:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from palaestra.environments.sandbox.docker import Docker
 from palaestra.environments.sandbox.native import Native
-from palaestra.environments.sandbox.process import Process
+from palaestra.environments.sandbox.process import ProcessBackend
 from palaestra.gym.registry import UsageError
 from palaestra.gym.sandbox import BoxLimits, Capabilities, Sandbox
 
@@ -25,7 +25,7 @@ class Backend(Sandbox, Protocol):
         ...
 
 
-BACKENDS: dict[str, Callable[[], Backend]] = {"native": Native, "docker": Docker, "process": Process}
+BACKENDS: dict[str, Callable[[], Backend]] = {"native": Native, "docker": Docker, "process": ProcessBackend}
 
 
 def lacks_native() -> str:

@@ -10,6 +10,7 @@ import select
 import socket
 import struct
 import subprocess
+import sys
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from palaestra.environments.sandbox.images import HOST
 from palaestra.environments.sandbox.shell import SUPERVISOR, Ended, Shell, Streams
 from palaestra.gym.outcome import Cause, Failure
 from palaestra.gym.registry import UsageError
-from palaestra.gym.sandbox import BoxLimits, Capabilities, Destroyed, Entry, Executed
+from palaestra.gym.sandbox import BoxLimits, Capabilities, Destroyed, Entry, Executed, Process
 
 T = TypeVar("T")
 
@@ -37,6 +38,10 @@ REMOVED = 2
 """The kind of a change (Docker Engine API, changes)."""
 PATHS = 500
 """Paths of one command line."""
+ASKING = """import socket, sys
+peer = socket.create_connection(("127.0.0.1", int(sys.argv[1])), float(sys.argv[2]))
+peer.sendall(sys.stdin.buffer.read())
+while part := peer.recv(65536): sys.stdout.buffer.write(part)"""
 NO_IMAGE = "docker: a container needs an image; `palaestra sandbox image build` makes one"
 FRAME = struct.Struct(">BxxxL")
 
@@ -95,6 +100,21 @@ class DockerBox:
     async def diff(self) -> Mapping[str, Entry | None]:
         """See Box.diff."""
         return await self._backend.call("diff", partial(_changes_of, container=self._container))
+
+    async def processes(self) -> list[Process]:
+        """See Box.processes."""
+        return processes.described(processes.beside(self.init))
+
+    async def ask(self, port: int, request: bytes, timeout: float) -> bytes:
+        """See Box.ask. A program of this machine speaks, in the container's network (root alone may send it there)."""
+        program = ["nsenter", "--net", f"--target={self.init}", sys.executable, "-I", "-S", "-c", ASKING]
+        asking = await asyncio.create_subprocess_exec(
+            *program, str(port), str(timeout), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        )
+        answer, _ = await asyncio.wait_for(asking.communicate(request), timeout + CALL_SECONDS)
+        if asking.returncode:
+            raise ConnectionError(f"nobody answers at port {port}")
+        return answer
 
     def _stop(self, since: float) -> None:
         with suppress(OSError):

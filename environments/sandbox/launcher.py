@@ -8,6 +8,7 @@ ones (0, 1, 2, ...), and answers with the process that is the box's init. When i
 from __future__ import annotations
 
 import ctypes
+import encodings.idna  # noqa: F401 (connect() wants it, and in a box it cannot be found any more)
 import fcntl
 import io
 import json
@@ -23,14 +24,14 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
+CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000
 MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE = 2, 4, 0x4000, 0x40000
 OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC, AT_EMPTY_PATH, MOVE_MOUNT_F_EMPTY_PATH = 1, 0o2000000, 0x1000, 4
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_IDMAP = 1, 2, 4, 0x100000
 OPEN_TREE, MOVE_MOUNT, MOUNT_SETATTR = 428, 429, 442
 PR_SET_PDEATHSIG = 1
 INFO_SECONDS = 10.0
-VISIT_SECONDS = 60
+VISIT_SECONDS, ANSWER = 60, 1 << 20
 FREE = 64
 """The lowest descriptor that no box is given."""
 MESSAGE = 1 << 16
@@ -248,17 +249,22 @@ class Launcher:
 def visit(request: dict[str, Any], peer: socket.socket, stage: str) -> None:
     """Act on a box's files as the box's own root, in its own namespaces, so that no link of it leads out of it.
 
-    `visit`: read (the path's content), put (a tar archive that the owner sends), diff (a tar archive of the writable
+    `visit`: read (the path's content), ask (what a service answers), put (a tar archive that the owner sends), diff (a tar archive of the writable
     layer). The first line of the answer is empty, or says what went wrong.
     """
     with peer.makefile("rwb") as stream:
         try:
-            enter(request["pid"])
+            enter(request["pid"], CLONE_NEWNET if request["visit"] == "ask" else CLONE_NEWNS)
             if request["visit"] == "read":
                 content = read(request["path"], request["limit"])
                 stream.write(b"\n" + content)
+            elif request["visit"] == "ask":
+                answer = ask(request["port"], stream.read(), request["timeout"])
+                stream.write(b"\n" + answer)
             elif request["visit"] == "put":
                 put(stream)
+                while stream.read(1 << 16):
+                    pass  # an archive ends before its padding does
                 stream.write(b"\n")
             else:
                 layer = f"{stage}/upper"
@@ -269,10 +275,22 @@ def visit(request: dict[str, Any], peer: socket.socket, stage: str) -> None:
             stream.write(f"{type(error).__name__}: {error}\n".encode())
 
 
-def enter(pid: int) -> None:
-    """Join the user and mount namespaces of a process, as their root."""
+def ask(port: int, request: bytes, timeout: float) -> bytes:
+    """What a service on the loopback answers until it closes."""
+    with socket.create_connection(("127.0.0.1", port), timeout) as peer:
+        peer.sendall(request)
+        answer = bytearray()
+        while part := peer.recv(1 << 16):
+            answer += part
+            if len(answer) > ANSWER:
+                raise OSError(f"an answer of more than {ANSWER} bytes")
+        return bytes(answer)
+
+
+def enter(pid: int, namespace: int) -> None:
+    """Join the user namespace of a process and another one, as their root."""
     target = os.pidfd_open(pid)
-    checked(libc.setns(target, CLONE_NEWUSER | CLONE_NEWNS), "setns")
+    checked(libc.setns(target, CLONE_NEWUSER | namespace), "setns")
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
 

@@ -22,7 +22,7 @@ from palaestra.environments.sandbox.cgroups import Group, disown, parents, sweep
 from palaestra.environments.sandbox.images import HOST, Config, Image
 from palaestra.environments.sandbox.shell import SUPERVISOR, Ended, Shell, Streams
 from palaestra.gym.outcome import Cause, Failure
-from palaestra.gym.sandbox import BoxLimits, Capabilities, Destroyed, Entry, Executed
+from palaestra.gym.sandbox import BoxLimits, Capabilities, Destroyed, Entry, Executed, Process
 
 RANGE, FIRST, SLOTS = 1 << 16, 0x71000000, 4096
 """Ids of one box; where the boxes' ids begin on the host; how many boxes have ids of their own at once."""
@@ -189,6 +189,14 @@ class NativeBox:
         """The whole writable layer, the baseline included."""
         packed = await self._visit({"visit": "diff", "pid": self._monitor, "limit": COLLECTED})
         return archives.changes(packed, None if self._image is HOST_IMAGE else self._image.root)
+
+    async def processes(self) -> list[Process]:
+        """See Box.processes."""
+        return processes.described(processes.beside(self.init))
+
+    async def ask(self, port: int, request: bytes, timeout: float) -> bytes:
+        """See Box.ask."""
+        return await self._visit({"visit": "ask", "pid": self.init, "port": port, "timeout": timeout}, request)
 
     async def _visit(self, request: Mapping[str, Any], content: bytes = b"") -> bytes:
         word, ended, answer = (await self._launching.visit(request, content)).partition(b"\n")

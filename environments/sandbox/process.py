@@ -13,14 +13,13 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from palaestra.environments.sandbox import processes
 from palaestra.environments.sandbox.images import HOST
 from palaestra.environments.sandbox.shell import SUPERVISOR, Ended, Shell, Streams
 from palaestra.gym.outcome import Cause, Failure
-from palaestra.gym.sandbox import BoxLimits, Capabilities, Entry, Executed
+from palaestra.gym.sandbox import BoxLimits, Capabilities, Entry, Executed, Process
 
 MARK = "PALAESTRA_BOX"
 WORK = "/work"
@@ -92,6 +91,20 @@ class ProcessBox:
         """See Box.diff. The folder is empty at first: all that is in it has changed."""
         return {f"{WORK}/{place.relative_to(self._folder)}": _entry(place) for place in sorted(self._folder.rglob("*"))}
 
+    async def processes(self) -> list[Process]:
+        """See Box.processes."""
+        return processes.described(processes.marked(self._mark))
+
+    async def ask(self, port: int, request: bytes, timeout: float) -> bytes:
+        """See Box.ask. The loopback is this machine's."""
+        async with asyncio.timeout(timeout):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(request)
+            try:
+                return await reader.read()
+            finally:
+                writer.close()
+
     def _place(self, path: str) -> Path:
         if path != WORK and not path.startswith(f"{WORK}/"):
             raise OSError(f"{path}: a box of the process backend has no other folder than {WORK}")
@@ -129,7 +142,7 @@ def _entry(place: Path) -> Entry:
     return Entry("directory" if place.is_dir() else "other", mode, b"", found.st_uid, found.st_gid)
 
 
-class Process:
+class ProcessBackend:
     """The backend."""
 
     capabilities = Capabilities(isolation=False, memory=False, disk_quota=False, processes=False, no_network=False)

@@ -7,6 +7,8 @@ import signal
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
+from palaestra.gym.sandbox import Process
+
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -34,6 +36,19 @@ def beside(init: int) -> Iterator[int]:
             with suppress(OSError):
                 if os.readlink(f"/proc/{name}/ns/pid") == namespace:
                     yield int(name)
+
+
+def described(pids: Iterable[int]) -> list[Process]:
+    """The processes, by the numbers that they have in their own namespace."""
+    found = []
+    for pid in pids:
+        with suppress(OSError, IndexError):
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                arguments = file.read().rstrip(b"\0").decode(errors="replace").split("\0")
+            with open(f"/proc/{pid}/status") as file:
+                inside = [line.split()[-1] for line in file if line.startswith("NSpid:")]
+            found.append(Process(int(inside[0]), tuple(arguments)))
+    return found
 
 
 def stop(pids: Iterable[int], since: float, spared: Iterable[int] = ()) -> None:

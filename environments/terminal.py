@@ -1,0 +1,205 @@
+"""Shell tasks in a sandbox, judged by the whole state that they leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from palaestra.environments import terminal_state as state
+from palaestra.environments.sandbox.backends import Backend, open_backend
+from palaestra.gym.environment import Environment, ToolError, metric, reward, tool
+from palaestra.gym.outcome import Cause, Failure
+from palaestra.gym.sandbox import Box, BoxLimits, Capabilities, Destroyed, Entry
+from palaestra.gym.types import Message, Task, ToolCall
+from palaestra.tasks.terminal import shell_tasks
+from palaestra.tasks.terminal.puzzle import Node, Tree
+
+NEEDS = Capabilities(isolation=True, no_network=True)
+TOLERATED = ("/tmp/", "/var/", "/dev/", "/run/", "/root/.")
+"""Where anything may change."""
+SETUP_SECONDS = 30.0
+ASK_SECONDS, SETTLE_SECONDS = 5.0, 2.0
+
+
+class Terminal(Environment):
+    """Do in a shell what the task asks; the shell begins in /work. Reply without a tool call when all is done."""
+
+    class Config(BaseModel):
+        """`levels` and `families` of the generated tasks (all families, when none is named); `backend` of the sandbox and
+        the `image` of its boxes; `seconds` that one command may take; `shown`: bytes of output that the policy sees."""
+
+        model_config = ConfigDict(extra="forbid", frozen=True)
+
+        levels: tuple[int, ...] = (1, 2, 3)
+        families: tuple[str, ...] = ()
+        backend: str = "auto"
+        image: str = "host"
+        seconds: float = Field(default=30.0, gt=0)
+        shown: int = Field(default=8000, ge=100)
+        limits: BoxLimits = BoxLimits()
+
+    _box: Box | None = None
+    _baseline: Mapping[str, Entry | None] = {}
+    _lost = False
+
+    @classmethod
+    def task_set(cls, config: Any) -> Any:
+        """Generated tasks."""
+        return shell_tasks(config.levels, config.families)
+
+    @classmethod
+    async def open(cls, config: Any) -> Backend:
+        """The sandbox. Raises UsageError where it gives less than these tasks need."""
+        return open_backend(config.backend, NEEDS)
+
+    @classmethod
+    async def shut(cls, resources: Any) -> None:
+        """End it, and every box with it."""
+        await resources.close()
+
+    async def setup(self, task: Task) -> None:
+        """A fresh box in which the task's tree stands."""
+        self._box = box = await self._fresh()
+        await box.put(state.entries(_tree(task.data["before"])))
+        if task.data.get("setup"):
+            done = await box.exec(task.data["setup"], SETUP_SECONDS)
+            if done.status or done.timed_out:
+                raise Failure(Cause.SANDBOX, f"the task's setup failed: {done.output[-500:].decode(errors='replace')}")
+        self._baseline = await box.diff()
+
+    async def _fresh(self) -> Box:
+        return await self.resources.create(self.config.image, self.config.limits)  # type: ignore[no-any-return]
+
+    async def close(self) -> None:
+        """Destroy the box."""
+        if self._box is not None:
+            await self._box.destroy()
+            self._box = None
+
+    @tool
+    async def bash(self, command: str) -> str:
+        """Run a command in the shell."""
+        assert self._box is not None
+        try:
+            done = await self._box.exec(command, self.config.seconds)
+        except Destroyed as error:
+            self._lost = True
+            raise ToolError(str(error)) from None
+        text = _shown(done.output, self.config.shown)
+        if done.timed_out:
+            return f"{text}\n[stopped after {self.config.seconds:g} s]"
+        return text if done.status == 0 else f"{text}\n[exit status {done.status}]"
+
+    @reward
+    async def done(self, task: Task) -> float:
+        """1 if everything is as the task wants it, and nothing else has changed."""
+        return float(not await self._problems(task))
+
+    @metric
+    async def right(self, task: Task) -> float:
+        """The share of the wanted tree's paths that are right."""
+        wanted = _tree(task.data["after"])
+        problems = [] if self._lost else state.differences(wanted, await self._found(task))
+        return 0.0 if self._lost else max(0.0, 1 - len(problems) / max(1, len(wanted)))
+
+    async def _found(self, task: Task) -> dict[str, Entry]:
+        assert self._box is not None
+        return {path: entry for path, entry in (await self._box.diff()).items() if entry is not None}
+
+    async def _problems(self, task: Task) -> list[str]:
+        """What is wrong, a line each."""
+        if self._lost:
+            return ["the box is gone"]
+        assert self._box is not None
+        after = await self._box.diff()
+        found = {path: entry for path, entry in after.items() if entry is not None}
+        wanted = _tree(task.data["after"])
+        problems = state.differences(wanted, found) + _elsewhere(self._baseline, after)
+        for path, node in wanted.items():
+            if node.kind == "git" and not problems:
+                problems += await self._in_fresh_box(
+                    lambda box, n=node, p=path: state.repository(box, n, found, f"{state.WORK}/{p}")
+                )
+        for check in task.data.get("checks", ()):
+            if not problems:
+                problems += await getattr(self, f"_check_{check['kind']}")(check, found)
+        return problems
+
+    async def _in_fresh_box(self, judge: Any) -> list[str]:
+        box = await self._fresh()
+        try:
+            return await judge(box)  # type: ignore[no-any-return]
+        finally:
+            await box.destroy()
+
+    async def _check_process(self, check: Mapping[str, Any], found: Mapping[str, Entry]) -> list[str]:
+        """So many processes have the argument, whole; what was just killed has a moment to go."""
+        assert self._box is not None
+        for _ in range(int(SETTLE_SECONDS / 0.05)):
+            count = sum(check["argument"] in process.arguments for process in await self._box.processes())
+            if count == check["count"]:
+                break
+            await asyncio.sleep(0.05)
+        return [] if count == check["count"] else [f"{count} processes have the argument {check['argument']}"]
+
+    async def _check_pidfile(self, check: Mapping[str, Any], found: Mapping[str, Entry]) -> list[str]:
+        """The file holds the number of the process that has the argument."""
+        assert self._box is not None
+        numbers = [p.pid for p in await self._box.processes() if check["argument"] in p.arguments]
+        content = found[check["path"]].content.strip().decode(errors="replace")
+        return [] if content in map(str, numbers) else [f"{check['path']} does not hold the process number"]
+
+    async def _check_answer(self, check: Mapping[str, Any], found: Mapping[str, Entry]) -> list[str]:
+        """An HTTP GET brings the body."""
+        assert self._box is not None
+        request = f"GET {check['path']} HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n".encode()
+        try:
+            answer = await self._box.ask(check["port"], request, ASK_SECONDS)
+        except OSError as error:
+            return [f"port {check['port']}: {error}"]
+        status, _, rest = answer.partition(b"\r\n")
+        right = b" 200 " in status and rest.partition(b"\r\n\r\n")[2] == check["body"].encode()
+        return [] if right else [f"port {check['port']} answers something else"]
+
+    async def _check_fresh(self, check: Mapping[str, Any], found: Mapping[str, Entry]) -> list[str]:
+        """In a fresh box that holds what /work holds, a command prints the output."""
+
+        async def judge(box: Box) -> list[str]:
+            kinds = ("file", "directory", "link")
+            work = {path: entry for path, entry in found.items() if path.startswith("/work/") and entry.kind in kinds}
+            await box.put(work)
+            done = await box.exec(check["command"], self.config.seconds)
+            right = done.status == 0 and done.output == check["output"].encode()
+            return [] if right else [f"{check['command']} printed something else"]
+
+        return await self._in_fresh_box(judge)
+
+    def solution(self, task: Task) -> list[Message]:
+        """The task's script, then a word that all is done."""
+        call = ToolCall(id="", name="bash", arguments=json.dumps({"command": task.data["script"]}))
+        return [Message(role="assistant", tool_calls=(call,)), Message(role="assistant", content="done")]
+
+
+def _tree(plain: Mapping[str, Any]) -> Tree:
+    return {path: Node.model_validate(node) for path, node in plain.items()}
+
+
+def _elsewhere(before: Mapping[str, Entry | None], after: Mapping[str, Entry | None]) -> list[str]:
+    """What changed outside /work and the places where anything may."""
+    absent = object()
+    changed = [path for path in before.keys() | after.keys() if before.get(path, absent) != after.get(path, absent)]
+    strange = [p for p in changed if not p.startswith("/work/") and p != "/work" and not f"{p}/".startswith(TOLERATED)]
+    return [f"{path}: changed" for path in sorted(strange)]
+
+
+def _shown(output: bytes, limit: int) -> str:
+    """Output as text, its middle left out where it is long."""
+    text = output.decode(errors="replace").replace("\0", "")
+    if len(text) <= limit:
+        return text.rstrip("\n")
+    half = limit // 2
+    return f"{text[:half]}\n[{len(text) - limit} characters left out]\n{text[-half:]}"
