@@ -103,19 +103,23 @@ class Terminal(Environment):
     async def right(self, task: Task) -> float:
         """The share of the wanted tree's paths that are right."""
         wanted = _tree(task.data["after"])
-        problems = [] if self._lost else state.differences(wanted, await self._found(task))
-        return 0.0 if self._lost else max(0.0, 1 - len(problems) / max(1, len(wanted)))
-
-    async def _found(self, task: Task) -> dict[str, Entry]:
-        assert self._box is not None
-        return {path: entry for path, entry in (await self._box.diff()).items() if entry is not None}
+        if self._lost or self._box is None:
+            return 0.0
+        try:
+            found = {path: entry for path, entry in (await self._box.diff()).items() if entry is not None}
+        except OSError:
+            return 0.0
+        return max(0.0, 1 - len(state.differences(wanted, found)) / max(1, len(wanted)))
 
     async def _problems(self, task: Task) -> list[str]:
         """What is wrong, a line each."""
         if self._lost:
             return ["the box is gone"]
         assert self._box is not None
-        after = await self._box.diff()
+        try:
+            after = await self._box.diff()
+        except OSError as error:  # more than anyone collects: what ran in the box made it so
+            return [str(error)]
         found = {path: entry for path, entry in after.items() if entry is not None}
         wanted = _tree(task.data["after"])
         problems = state.differences(wanted, found) + _elsewhere(self._baseline, after)

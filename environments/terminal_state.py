@@ -121,6 +121,8 @@ def _plain(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 def tables(content: bytes) -> dict[str, Any]:
     """The tables of a database: columns with their types, rows sorted. Raises sqlite3.Error, ValueError."""
+    if not content:
+        return {}  # what SQLite makes of an empty file
     with sqlite3.connect(":memory:") as db:
         db.deserialize(content)
         db.execute("PRAGMA trusted_schema = OFF")

@@ -62,10 +62,10 @@ class Launching:
         assert self._channel is not None
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            socket.send_fds(self._channel, [json.dumps(dict(request)).encode()], [theirs.fileno()])
-            theirs.close()
             ours.setblocking(False)
             try:
+                socket.send_fds(self._channel, [json.dumps(dict(request)).encode()], [theirs.fileno()])
+                theirs.close()
                 async with asyncio.timeout(LAUNCH_SECONDS):
                     return await _exchange(ours, content)
             except (OSError, TimeoutError) as error:

@@ -47,7 +47,10 @@ def shell_tasks(levels: Sequence[int], families: Sequence[str] = ()) -> Generate
 
     def draw(level: int, r: random.Random) -> Drawn:
         family, make = r.choice(templates)
-        return drawn(make(level, r), family, make.__name__)
+        puzzle = make(level, r)
+        while not puzzle.checks and with_folders(puzzle.after) == with_folders(puzzle.before):  # nothing is to be done
+            puzzle = make(level, r)
+        return drawn(puzzle, family, make.__name__)
 
     return Generated("shell", draw, levels)
 
