@@ -36,7 +36,7 @@ async def backend():
 def task_of(family, template, level, seed):
     """A task of one template."""
     tasks = shell_tasks((level,), (family,))
-    tasks._make = lambda level, r: drawn(template(level, r), family, template.__name__)
+    tasks._make = lambda level, r: drawn(family, template, level, r)
     return tasks.get(f"{level}-{seed}")
 
 

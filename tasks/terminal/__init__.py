@@ -20,7 +20,7 @@ from palaestra.tasks.terminal import (
     services,
     texts,
 )
-from palaestra.tasks.terminal.puzzle import Puzzle, Template, Tree, with_folders
+from palaestra.tasks.terminal.puzzle import Template, Tree, with_folders
 
 FAMILIES: dict[str, tuple[Template, ...]] = {
     "first": (first.first_steps,),
@@ -47,19 +47,19 @@ def shell_tasks(levels: Sequence[int], families: Sequence[str] = ()) -> Generate
 
     def draw(level: int, r: random.Random) -> Drawn:
         family, make = r.choice(templates)
-        puzzle = make(level, r)
-        while not puzzle.checks and with_folders(puzzle.after) == with_folders(puzzle.before):  # nothing is to be done
-            puzzle = make(level, r)
-        return drawn(puzzle, family, make.__name__)
+        return drawn(family, make, level, r)
 
     return Generated("shell", draw, levels)
 
 
-def drawn(puzzle: Puzzle, family: str, template: str) -> Drawn:
-    """A puzzle as prompt and data."""
+def drawn(family: str, template: Template, level: int, r: random.Random) -> Drawn:
+    """A puzzle of a template as prompt and data. One in which nothing is to be done is drawn again."""
+    puzzle = template(level, r)
+    while not puzzle.checks and with_folders(puzzle.after) == with_folders(puzzle.before):
+        puzzle = template(level, r)
     data: dict[str, Any] = {
         "family": family,
-        "template": template,
+        "template": template.__name__,
         "before": _plain(puzzle.before),
         "after": _plain(puzzle.after),
         "setup": puzzle.setup,
