@@ -89,7 +89,7 @@ class Terminal(Environment):
         except Destroyed as error:
             self._lost = True
             raise ToolError(str(error)) from None
-        text = _shown(done.output, self.config.shown)
+        text = shown(done.output, self.config.shown)
         if done.timed_out:
             return f"{text}\n[stopped after {self.config.seconds:g} s]"
         return text if done.status == 0 else f"{text}\n[exit status {done.status}]"
@@ -200,7 +200,7 @@ def _elsewhere(before: Mapping[str, Entry | None], after: Mapping[str, Entry | N
     return [f"{path}: changed" for path in sorted(strange)]
 
 
-def _shown(output: bytes, limit: int) -> str:
+def shown(output: bytes, limit: int) -> str:
     """Output as text, its middle left out where it is long."""
     text = output.decode(errors="replace").replace("\0", "")
     if len(text) <= limit:

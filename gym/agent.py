@@ -41,6 +41,8 @@ class Loop:
             conversation.append(message)
             if message.tool_calls:
                 conversation += [await tools.call(call) for call in message.tool_calls]
+                if tools.over:
+                    return
                 continue
             answer = await tools.respond(message)
             if answer is None:

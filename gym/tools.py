@@ -38,23 +38,26 @@ class ToolUnavailable(Exception):
 
 
 class ToolSpec(NamedTuple):
-    """A tool as declared: the method behind it, the model of its arguments and its OpenAI declaration."""
+    """A tool as declared: the method behind it, the model of its arguments, its OpenAI declaration, and whether a call
+    that succeeds ends the episode."""
 
     method: str
     arguments: type[BaseModel]
     declaration: ToolDeclaration
+    ends: bool = False
 
 
 @overload
 def tool(function: F) -> F: ...
 @overload
-def tool(*, name: str) -> Callable[[F], F]: ...
-def tool(function: F | None = None, *, name: str = "") -> F | Callable[[F], F]:
+def tool(*, name: str = "", ends: bool = False) -> Callable[[F], F]: ...
+def tool(function: F | None = None, *, name: str = "", ends: bool = False) -> F | Callable[[F], F]:
     """Make a method a tool. Its parameters' types and its docstring become the declaration; `name`, where the tool is
-    not to be called as the method is."""
+    not to be called as the method is; `ends`: a call that succeeds is the episode's last."""
 
     def mark(function: F) -> F:
         function.__palaestra_tool__ = name or function.__name__  # type: ignore[attr-defined]
+        function.__palaestra_ends__ = ends  # type: ignore[attr-defined]
         return function
 
     return mark if function is None else mark(function)
@@ -79,7 +82,8 @@ def _spec(function: Callable[..., Any]) -> ToolSpec:
         field.pop("title", None)
     name = function.__palaestra_tool__  # type: ignore[attr-defined]
     described = {"name": name, "description": inspect.getdoc(function) or "", "parameters": parameters}
-    return ToolSpec(function.__name__, model, {"type": "function", "function": described})
+    ends = bool(getattr(function, "__palaestra_ends__", False))
+    return ToolSpec(function.__name__, model, {"type": "function", "function": described}, ends)
 
 
 _specs: dict[type, dict[str, ToolSpec]] = {}
@@ -134,6 +138,7 @@ class Tools:
         self.errors = 0
         self.retries = 0
         self.seconds = 0.0
+        self.over = False
 
     @property
     def declarations(self) -> list[ToolDeclaration]:
@@ -150,6 +155,7 @@ class Tools:
         started = asyncio.get_running_loop().time()
         try:
             content = as_text(await self._run(call))
+            self.over = self.over or self._specs[call.name].ends
         except ToolError as error:
             self.errors += 1
             content = f"Error: {error}"

@@ -41,7 +41,7 @@ class Package(NamedTuple):
 
 PACKAGES = (
     Package("inflection", "0.5.1", "1a29730d366e996aaacffb2f1f1cb9593dc38e2ddd30c91250c6dde09ea9b417", "MIT", "inflection", ("test_inflection.py",)),
-    Package("voluptuous", "0.16.0", "006535e22fed944aec17bef6e8725472476194743c87bd233e912eb463f8ff05", "BSD-3-Clause", "voluptuous", ("voluptuous/tests",)),
+    Package("voluptuous", "0.16.0", "006535e22fed944aec17bef6e8725472476194743c87bd233e912eb463f8ff05", "BSD-3-Clause", "voluptuous", ("voluptuous/tests/tests.py",)),
     Package("parse", "1.22.4", "706d458feed5a81b02768d3156e8070baf6cee7d150a3a3c0cd43101a875c3b5", "MIT", "parse", ("tests",)),
     Package("h11", "0.16.0", "4e35b956cf45792e4caa5885e69fba00bdbc6ffafbfa020300e549b208ee5ff1", "MIT", "h11", ("h11/tests",)),
     Package("pathspec", "1.1.1", "17db5ecd524104a120e173814c90367a96a98d07c45b2e10c2f3919fff91bf5a", "MPL-2.0", "pathspec", ("tests",)),

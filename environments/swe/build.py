@@ -1,0 +1,196 @@
+"""Makes repair tasks: bugs by syntax-tree edits, each admitted only where some tests fail with it every time, the same
+tests pass without it, and others pass both times.
+
+A package's tasks are kept in one file, written anew after every candidate: a build that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from palaestra.environments.sandbox.backends import Backend
+from palaestra.environments.sandbox.images import HOST
+from palaestra.environments.swe.issues import issue
+from palaestra.environments.swe.mutations import Edit, applied, edits
+from palaestra.environments.swe.packages import Package
+from palaestra.environments.swe.repository import Repository, whole
+from palaestra.environments.swe.tests_run import Report, placed, run, site
+from palaestra.gym.files import write_whole
+from palaestra.gym.sandbox import Box, BoxLimits
+
+LIMITS = BoxLimits(memory=1 << 30, disk=512 << 20, processes=256)
+COMBINED = 0.25
+"""The share of candidates with two edits."""
+MOST_FAILING = 0.5
+"""A larger share of failing tests means that the package is broken altogether."""
+TESTS = 200
+"""Test ids of one command line; where more cover an edit, their files are run."""
+SLOW = 4.0
+"""How many times the clean run's time a run with a bug may take."""
+
+Say = Callable[[str, int, int, Mapping[str, int]], None]
+"""Told of every candidate: the package, tasks found, tasks wanted, verdicts so far."""
+
+
+class Verdicts(Counter[str]):
+    """How many candidates were admitted, and refused for what reason."""
+
+
+async def build(backend: Backend, package: Package, wanted: int, folder: Path, seed: int, say: Say) -> dict[str, Any]:
+    """Make `wanted` tasks of a package, or as many as its edits give. Returns what the package's file holds."""
+    kept = _read(folder / f"{package.name}.json.gz")
+    if kept is not None and (kept["done"] or len(kept["tasks"]) >= wanted):
+        return kept
+    repo = whole(package.name)
+    workshop = await Workshop.of(backend, repo)
+    try:
+        content = kept or {
+            **package._asdict(),
+            "stable": workshop.stable,
+            "tasks": [],
+            "tried": 0,
+            "verdicts": {},
+            "done": False,
+        }
+        candidates = _candidates(repo, workshop, random.Random(f"{package.name}/{seed}"))
+        verdicts = Counter(content["verdicts"])
+        for chosen in candidates[content["tried"] :]:
+            if len(content["tasks"]) >= wanted:
+                break
+            verdict, report = await workshop.judge(chosen)
+            verdicts[verdict] += 1
+            content["tried"] += 1
+            if report is not None:
+                content["tasks"].append(_task(package, chosen, report, workshop, seed))
+            content["verdicts"] = dict(verdicts)
+            _write(folder / f"{package.name}.json.gz", content)
+            say(package.name, len(content["tasks"]), wanted, verdicts)
+        content["done"] = len(content["tasks"]) < wanted
+        _write(folder / f"{package.name}.json.gz", content)
+        return content
+    finally:
+        await workshop.box.destroy()
+
+
+class Workshop:
+    """A box with a package and its tests, what the tests come to without a bug, and which functions each calls."""
+
+    def __init__(self, box: Box, repo: Repository, clean: Report, covered: Report, seconds: float) -> None:
+        self.box = box
+        self.repo = repo
+        self.seconds = seconds
+        both = clean.outcomes.items() & covered.outcomes.items()
+        self.stable = sorted(test for test, outcome in both if outcome == "passed")
+        self.callers: dict[tuple[str, str], set[str]] = {}
+        for test in self.stable:
+            for file, name in covered.calls.get(test, ()):
+                self.callers.setdefault((file, name.partition(".<locals>")[0]), set()).add(test)
+
+    @classmethod
+    async def of(cls, backend: Backend, repo: Repository) -> Workshop:
+        """Put everything into a fresh box and run the tests there, twice."""
+        box = await backend.create(HOST, LIMITS)
+        try:
+            await box.put({**site(), **placed({**repo.files, **repo.tests})})
+            loop = asyncio.get_running_loop()
+            started = loop.time()
+            clean = await run(box, repo, seconds=300)
+            seconds = loop.time() - started
+            return cls(box, repo, clean, await run(box, repo, seconds=900, cover=True), seconds)
+        except BaseException:
+            await box.destroy()
+            raise
+
+    async def judge(self, chosen: Sequence[tuple[str, Edit]]) -> tuple[str, Report | None]:
+        """Whether a bug makes a task, or why not; the report of its failures where it does."""
+        tests = sorted(set[str]().union(*(self.callers[file, edit.function] for file, edit in chosen)))
+        places = tests if len(tests) <= TESTS else sorted({test.partition("::")[0] for test in tests})
+        changed = {file: _edited(self.repo, file, chosen) for file, _ in chosen}
+        await self.box.put(placed(changed))
+        try:
+            reports = [await run(self.box, self.repo, places, 10 + SLOW * self.seconds) for _ in range(2)]
+        finally:
+            await self.box.put(placed({file: self.repo.files[file] for file in changed}))
+        return self._verdict(reports)
+
+    def _verdict(self, reports: Sequence[Report]) -> tuple[str, Report | None]:
+        first, second = (self.failing(report) for report in reports)
+        if any(report.status is None for report in reports):
+            return "did not end", None
+        if any(report.status not in (0, 1) for report in reports):
+            return "cannot be imported", None
+        if not first:
+            return "no test fails", None
+        if first != second:
+            return "differs from run to run", None
+        if len(first) > MOST_FAILING * len(self.stable):
+            return "breaks too much", None
+        return "admitted", reports[0]
+
+    def failing(self, report: Report) -> list[str]:
+        """The stable tests that fail."""
+        return [test for test in self.stable if report.outcomes.get(test) == "failed"]
+
+
+def _edited(repo: Repository, file: str, chosen: Iterable[tuple[str, Edit]]) -> bytes:
+    return applied(repo.files[file].decode(), [edit for name, edit in chosen if name == file]).encode()
+
+
+def _candidates(repo: Repository, workshop: Workshop, r: random.Random) -> list[list[tuple[str, Edit]]]:
+    """Bugs in a random order in which the kinds of edits take turns; some are two edits of one file."""
+    by_kind: dict[str, list[tuple[str, Edit]]] = {}
+    for file in repo.sources:
+        for edit in edits(repo.files[file].decode()):
+            if (file, edit.function) in workshop.callers:
+                by_kind.setdefault(edit.kind, []).append((file, edit))
+    for found in by_kind.values():
+        r.shuffle(found)
+    order = [
+        entry
+        for place in range(max(map(len, by_kind.values()), default=0))
+        for found in by_kind.values()
+        for entry in found[place : place + 1]
+    ]
+    return [_combined(entry, order, r) for entry in order]
+
+
+def _combined(entry: tuple[str, Edit], others: Sequence[tuple[str, Edit]], r: random.Random) -> list[tuple[str, Edit]]:
+    file, edit = entry
+    if r.random() >= COMBINED:
+        return [entry]
+    apart = [other for other in others if other[0] == file and (other[1].end < edit.start or other[1].start > edit.end)]
+    return [entry, r.choice(apart)] if apart else [entry]
+
+
+def _task(
+    package: Package, chosen: Sequence[tuple[str, Edit]], report: Report, workshop: Workshop, seed: int
+) -> dict[str, Any]:
+    failing = workshop.failing(report)
+    texts = [report.failures.get(test, "") for test in failing]
+    level = 3 if len(chosen) > 1 else 1 if len(failing) >= 3 else 2
+    changes = [{"file": file, **edit._asdict()} for file, edit in chosen]
+    return {
+        "edits": changes,
+        "fail_to_pass": failing,
+        "level": level,
+        "issue": issue(package.name, level, chosen, dict(zip(failing, texts, strict=True))),
+        "seed": seed,
+    }
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    content: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
+    return content
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    write_whole(path, gzip.compress(json.dumps(content).encode(), mtime=0))

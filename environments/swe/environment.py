@@ -1,0 +1,239 @@
+"""Repair a repository: find a bug from a report, and change the source so that hidden tests pass."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from palaestra.environments.sandbox.backends import Backend, open_backend
+from palaestra.environments.swe.repository import repository, whole
+from palaestra.environments.swe.tests_run import REPO, placed
+from palaestra.environments.swe.verify import repair, repaired
+from palaestra.environments.terminal import shown
+from palaestra.gym.environment import Environment, ToolError, metric, reward, tool
+from palaestra.gym.outcome import Cause, Failure
+from palaestra.gym.sandbox import Box, BoxLimits, Capabilities, Destroyed
+from palaestra.gym.tasksets import split_of
+from palaestra.gym.types import Message, Source, Task, ToolCall
+
+NEEDS = Capabilities(isolation=True, no_network=True)
+LIMITS = BoxLimits(memory=1 << 30, disk=512 << 20, processes=256)
+COMMIT = (
+    f"cd {REPO} && git init -q -b main && git config user.name dev && git config user.email dev@example.com && "
+    "git add -A && git commit -q -m 'Import' --date '2020-01-01T00:00:00Z'"
+)
+ASKED = "The repository lies in /work/repo. Change its source, then call submit."
+
+
+class Swe(Environment):
+    """Repair the repository in /work/repo as the report asks: look with bash and view, change with edit, then submit."""
+
+    class Config(BaseModel):
+        """`folder`: where `palaestra tasks build swe` wrote tasks (default: those that ship); `levels` and `packages` to
+        choose among them (none named: all); `backend` and `image` of the sandbox; `seconds` that one command may take."""
+
+        model_config = ConfigDict(extra="forbid", frozen=True)
+
+        folder: str = ""
+        levels: tuple[int, ...] = (1, 2, 3)
+        packages: tuple[str, ...] = ()
+        backend: str = "auto"
+        image: str = "host"
+        seconds: float = Field(default=60.0, gt=0)
+        shown: int = Field(default=8000, ge=100)
+        limits: BoxLimits = LIMITS
+
+    _box: Box | None = None
+    _lost = False
+
+    @classmethod
+    def task_set(cls, config: Any) -> Any:
+        """The built tasks."""
+        return Built(Path(config.folder) if config.folder else shipped(), config.packages, config.levels)
+
+    @classmethod
+    async def open(cls, config: Any) -> Backend:
+        """The sandbox. Raises UsageError where it gives less than these tasks need."""
+        return open_backend(config.backend, NEEDS)
+
+    @classmethod
+    async def shut(cls, resources: Any) -> None:
+        """End it, and every box with it."""
+        await resources.close()
+
+    async def setup(self, task: Task) -> list[Message]:
+        """A fresh box with the repository in one commit, the tests left out."""
+        self._repo = repository(task.data)
+        self._box = box = await self._fresh()
+        await box.put(placed(self._repo.files))
+        done = await box.exec(COMMIT, self.config.seconds)
+        if done.status:
+            raise Failure(
+                Cause.SANDBOX, f"the repository cannot be committed: {done.output[-300:].decode(errors='replace')}"
+            )
+        await box.exec(f"cd {REPO}", 5)
+        self._baseline = await box.diff()
+        return []
+
+    async def _fresh(self) -> Box:
+        return await self.resources.create(self.config.image, self.config.limits)  # type: ignore[no-any-return]
+
+    async def close(self) -> None:
+        """Destroy the box."""
+        if self._box is not None:
+            await self._box.destroy()
+            self._box = None
+
+    @tool
+    async def bash(self, command: str) -> str:
+        """Run a command in the shell, which begins in /work/repo."""
+        done = await self._exec(command)
+        text = shown(done.output, self.config.shown)
+        if done.timed_out:
+            return f"{text}\n[stopped after {self.config.seconds:g} s]"
+        return text if done.status == 0 else f"{text}\n[exit status {done.status}]"
+
+    @tool
+    async def view(self, path: str, start: int = 1, end: int = 200) -> str:
+        """Show lines of a file, numbered, from start to end."""
+        lines = (await self._read(path)).splitlines()
+        if start < 1 or start > max(1, len(lines)):
+            raise ToolError(f"{path} has {len(lines)} lines; start must be among them")
+        return shown(
+            "\n".join(f"{n}\t{line}" for n, line in enumerate(lines[start - 1 : end], start)).encode(),
+            self.config.shown,
+        )
+
+    @tool
+    async def edit(self, path: str, old: str, new: str) -> str:
+        """Replace a text that stands exactly once in a file."""
+        text = await self._read(path)
+        count = text.count(old)
+        if not old or count != 1:
+            raise ToolError(
+                f"old stands {count} times in {path}; it must stand there exactly once" if old else "old is empty"
+            )
+        assert self._box is not None
+        await self._box.write(_place(path), text.replace(old, new))
+        return f"{path} is changed"
+
+    @tool(ends=True)
+    async def submit(self) -> str:
+        """Hand the repository in as it is now. This ends the task."""
+        return "submitted"
+
+    async def _exec(self, command: str) -> Any:
+        assert self._box is not None
+        try:
+            return await self._box.exec(command, self.config.seconds)
+        except Destroyed as error:
+            self._lost = True
+            raise ToolError(str(error)) from None
+
+    async def _read(self, path: str) -> str:
+        assert self._box is not None
+        try:
+            return (await self._box.read(_place(path))).decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ToolError(f"cannot read {path}: {error}") from None
+
+    @reward
+    async def repaired(self, task: Task) -> float:
+        """1 if the tests that failed pass, and all others still do."""
+        return float(not await self._problem(task))
+
+    @metric
+    async def changed(self, task: Task) -> float:
+        """How many source files were changed."""
+        return float(len((await self._repair()).taken)) if self._box is not None and not self._lost else 0.0
+
+    async def _repair(self) -> Any:
+        assert self._box is not None
+        after = await self._box.diff()
+        gone = {path: None for path in self._baseline if path not in after}
+        return repair(self._repo, {**gone, **{p: e for p, e in after.items() if self._baseline.get(p, 0) != e}})
+
+    async def _problem(self, task: Task) -> str:
+        if self._lost:
+            return "the box is gone"
+        try:
+            made = await self._repair()
+        except OSError as error:
+            return str(error)
+        if not made.taken:
+            return "no source file was changed"
+        box = await self._fresh()
+        try:
+            return await repaired(
+                box, self._repo, made, task.data["fail_to_pass"], task.data["stable"], 10 * self.config.seconds
+            )
+        finally:
+            await box.destroy()
+
+    def solution(self, task: Task) -> list[Message]:
+        """The files as they were before the bug."""
+        clean = (
+            whole(task.data["package"]).files
+            if "package" in task.data
+            else {p: t.encode() for p, t in task.data["solution"].items()}
+        )
+        broken = repository(task.data).files
+        changed = [path for path in clean if clean[path] != broken.get(path)]
+        commands = [
+            f"cat > {shlex.quote(f'{REPO}/{path}')} <<'END_OF_FILE'\n{clean[path].decode()}END_OF_FILE"
+            for path in changed
+        ]
+        calls = [ToolCall(id="", name="bash", arguments=json.dumps({"command": command})) for command in commands]
+        messages = [Message(role="assistant", tool_calls=(call,)) for call in calls]
+        return [*messages, Message(role="assistant", tool_calls=(ToolCall(id="", name="submit", arguments="{}"),))]
+
+
+class Built:
+    """The tasks in a folder of packages' files."""
+
+    def __init__(self, folder: Path, packages: Sequence[str] = (), levels: Sequence[int] = ()) -> None:
+        self._tasks = {task.key: task for path in sorted(folder.glob("*.json.gz")) for task in _tasks(path)}
+        self._chosen = [
+            task
+            for task in self._tasks.values()
+            if (not packages or task.data["package"] in packages) and (not levels or task.difficulty in levels)
+        ]
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self._chosen)
+
+    def get(self, key: str) -> Task:
+        """The task of that key. Raises KeyError."""
+        return self._tasks[key]
+
+
+@functools.lru_cache(maxsize=64)
+def _tasks(path: Path) -> list[Task]:
+    content = json.loads(gzip.decompress(path.read_bytes()))
+    source = Source(dataset=f"{content['name']} {content['version']}", licence=content["licence"])
+    return [_task(content, number, made, source) for number, made in enumerate(content["tasks"])]
+
+
+def _task(content: dict[str, Any], number: int, made: dict[str, Any], source: Source) -> Task:
+    name = f"{content['name']}-{number}"
+    stable = [test for test in content["stable"] if test not in set(made["fail_to_pass"])]
+    data = {"package": content["name"], "edits": made["edits"], "fail_to_pass": made["fail_to_pass"], "stable": stable}
+    prompt = f"{made['issue']}\n\n{ASKED}"
+    return Task(key=name, prompt=prompt, data=data, split=split_of(name), difficulty=made["level"], source=source)
+
+
+def shipped() -> Path:
+    """The folder of the tasks that ship."""
+    return Path(str(files("palaestra.tasks").joinpath("data", "swe")))
+
+
+def _place(path: str) -> str:
+    return path if path.startswith("/") else f"{REPO}/{path}"

@@ -1,0 +1,69 @@
+"""A pytest plugin that is put into boxes: writes what came of each test, and on request which functions it called.
+
+It runs inside the process that is judged and proves nothing by itself; environments/swe/verify.py says what does.
+"""
+
+import json
+import os
+import sys
+
+REPORT, COVER = "PALAESTRA_REPORT", "PALAESTRA_COVER"
+
+
+class Reporter:
+    """Collects outcomes by node id; `cover`: the folder whose functions are recorded."""
+
+    def __init__(self, path, cover):
+        self.path = path
+        self.cover = cover
+        self.outcomes = {}
+        self.failures = {}
+        self.calls = {}
+
+    def pytest_runtest_logreport(self, report):
+        """Set-up, call and tear-down of a test: the worst counts."""
+        if report.failed:
+            self.outcomes[report.nodeid] = "failed"
+            self.failures.setdefault(report.nodeid, str(report.longrepr)[-4000:])
+        elif report.skipped and not hasattr(report, "wasxfail"):
+            self.outcomes.setdefault(report.nodeid, "skipped")
+        elif report.when == "call":
+            self.outcomes.setdefault(report.nodeid, "passed")
+
+    def pytest_collectreport(self, report):
+        """A file that could not be imported."""
+        if report.failed:
+            self.outcomes[report.nodeid] = "failed"
+            self.failures[report.nodeid] = str(report.longrepr)[-4000:]
+
+    def pytest_runtest_setup(self, item):
+        """Begin to record."""
+        if self.cover:
+            called = self.calls.setdefault(item.nodeid, set())
+
+            def record(frame, event, argument):
+                code = frame.f_code
+                if event == "call" and code.co_filename.startswith(self.cover):
+                    called.add((os.path.relpath(code.co_filename), code.co_qualname))
+
+            sys.setprofile(record)
+
+    def pytest_runtest_teardown(self, item):
+        """Stop recording."""
+        if self.cover:
+            sys.setprofile(None)
+
+    def pytest_sessionfinish(self, session, exitstatus):
+        """Write everything, whole."""
+        calls = {test: sorted(called) for test, called in self.calls.items()}
+        content = {"status": int(exitstatus), "outcomes": self.outcomes, "failures": self.failures, "calls": calls}
+        with open(self.path + ".part", "w") as out:
+            json.dump(content, out)
+        os.replace(self.path + ".part", self.path)
+
+
+def pytest_configure(config):
+    """Register the reporter where a report is wanted."""
+    path = os.environ.pop(REPORT, "")
+    if path:
+        config.pluginmanager.register(Reporter(path, os.environ.pop(COVER, "")))
