@@ -164,6 +164,27 @@ def tasks_show(ref: Ref, key: str, overrides: Overrides = None, split: Split = "
     typer.echo(spec(ref, config_of(overrides or [])).task(key, split, seed).model_dump_json(indent=2))
 
 
+@tasks.command("build")
+def tasks_build(
+    ref: Ref,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="tasks")] = 300,
+    seed: Seed = 0,
+    output: Annotated[Path | None, typer.Option(help="a folder; by default the environment's own place")] = None,
+) -> None:
+    """Make tasks from outside material, where the environment can; a build that was stopped goes on."""
+    environment = spec(ref).environment()
+    with progress() as bar:
+        lines: dict[str, Any] = {}
+
+        def say(name: str, done: int, total: int) -> None:
+            if name not in lines:
+                lines[name] = bar.add_task(name, total=total)
+            bar.update(lines[name], completed=done, total=total)
+
+        told = asyncio.run(environment.build(count, seed, output, say))
+    typer.echo(told)
+
+
 def evaluation(
     policy: Annotated[list[str], typer.Option(help="a policy; may be given several times")],
     env: Annotated[list[str], typer.Option(help="[ALIAS=]ENVIRONMENT; may be given several times")],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar, overload
 
 from pydantic import BaseModel, ConfigDict
@@ -19,6 +20,8 @@ __all__ = ["Environment", "NoConfig", "ToolError", "ToolUnavailable", "metric", 
 F = TypeVar("F", bound=Callable[..., Any])
 Tasks = TaskSet | Callable[[str, int], Iterable[Task]]
 Answer = str | Message | Sequence[Message] | None
+Progress = Callable[[str, int, int], None]
+"""Told how far something is: of what, done, to do."""
 
 
 class NoConfig(BaseModel):
@@ -89,6 +92,12 @@ class Environment:
     def iter_tasks(cls, config: Any, split: str, seed: int) -> Iterator[Task]:
         """The tasks of a split in the order that `seed` gives."""
         return of_split(cls.task_set(config), split, seed)
+
+    @classmethod
+    async def build(cls, count: int, seed: int, folder: Path | None, say: Progress) -> str:
+        """Make `count` tasks from outside material in `folder` (None: the environment's own place), going on where an
+        earlier build stopped. Returns what there is to say about it. `palaestra tasks build` calls this."""
+        raise UsageError(f"{cls.__name__} makes no tasks from outside material")
 
     @classmethod
     async def open(cls, config: Any) -> Any:

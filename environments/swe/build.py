@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from palaestra.environments.sandbox.backends import Backend
 from palaestra.environments.sandbox.images import HOST
 from palaestra.environments.swe.issues import issue
 from palaestra.environments.swe.mutations import Edit, applied, edits
-from palaestra.environments.swe.packages import Package
+from palaestra.environments.swe.packages import PACKAGES, Package
 from palaestra.environments.swe.repository import Repository, whole
 from palaestra.environments.swe.tests_run import Report, placed, run, site
+from palaestra.gym.environment import Progress
 from palaestra.gym.files import write_whole
 from palaestra.gym.sandbox import Box, BoxLimits
 
+AT_ONCE = 2
 LIMITS = BoxLimits(memory=1 << 30, disk=512 << 20, processes=256)
 COMBINED = 0.25
 """The share of candidates with two edits."""
@@ -35,15 +38,43 @@ TESTS = 200
 SLOW = 4.0
 """How many times the clean run's time a run with a bug may take."""
 
-Say = Callable[[str, int, int, Mapping[str, int]], None]
-"""Told of every candidate: the package, tasks found, tasks wanted, verdicts so far."""
+
+async def build_all(backend: Backend, count: int, folder: Path, seed: int, say: Progress) -> str:
+    """Make `count` tasks, the same number of each package as far as its edits go, two packages at a time.
+
+    Returns a table of what was tried and found by package, and by kind of edit.
+    """
+    gate = asyncio.Semaphore(AT_ONCE)
+
+    async def one(package: Package, wanted: int) -> dict[str, Any]:
+        async with gate:
+            return await build(backend, package, wanted, folder, seed, say)
+
+    share, found = math.ceil(count / len(PACKAGES)), list[dict[str, Any]]()
+    while True:
+        found = list(await asyncio.gather(*(one(package, share) for package in PACKAGES)))
+        made = sum(len(content["tasks"]) for content in found)
+        going_on = [content for content in found if not content["done"]]
+        if made >= count or not going_on:
+            return _table(found)
+        share += math.ceil((count - made) / len(going_on))
 
 
-class Verdicts(Counter[str]):
-    """How many candidates were admitted, and refused for what reason."""
+def _table(found: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["package             tasks  tried  refused because"]
+    kinds: Counter[str] = Counter()
+    for content in found:
+        kinds.update(edit["kind"] for task in content["tasks"] for edit in task["edits"])
+        refused = {why: n for why, n in sorted(content["verdicts"].items()) if why != "admitted"}
+        why = ", ".join(f"{why}: {n}" for why, n in refused.items())
+        lines.append(f"{content['name']:<18} {len(content['tasks']):>6} {content['tried']:>6}  {why}")
+    lines.append("kinds of edits: " + ", ".join(f"{kind} {n}" for kind, n in kinds.most_common()))
+    return "\n".join(lines)
 
 
-async def build(backend: Backend, package: Package, wanted: int, folder: Path, seed: int, say: Say) -> dict[str, Any]:
+async def build(
+    backend: Backend, package: Package, wanted: int, folder: Path, seed: int, say: Progress
+) -> dict[str, Any]:
     """Make `wanted` tasks of a package, or as many as its edits give. Returns what the package's file holds."""
     kept = _read(folder / f"{package.name}.json.gz")
     if kept is not None and (kept["done"] or len(kept["tasks"]) >= wanted):
@@ -71,7 +102,7 @@ async def build(backend: Backend, package: Package, wanted: int, folder: Path, s
                 content["tasks"].append(_task(package, chosen, report, workshop, seed))
             content["verdicts"] = dict(verdicts)
             _write(folder / f"{package.name}.json.gz", content)
-            say(package.name, len(content["tasks"]), wanted, verdicts)
+            say(package.name, len(content["tasks"]), wanted)
         content["done"] = len(content["tasks"]) < wanted
         _write(folder / f"{package.name}.json.gz", content)
         return content

@@ -14,11 +14,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from palaestra.environments.sandbox.backends import Backend, open_backend
+from palaestra.environments.swe.build import build_all
 from palaestra.environments.swe.repository import repository, whole
 from palaestra.environments.swe.tests_run import REPO, placed
 from palaestra.environments.swe.verify import repair, repaired
 from palaestra.environments.terminal import shown
-from palaestra.gym.environment import Environment, ToolError, metric, reward, tool
+from palaestra.gym.environment import Environment, Progress, ToolError, metric, reward, tool
 from palaestra.gym.outcome import Cause, Failure
 from palaestra.gym.sandbox import Box, BoxLimits, Capabilities, Destroyed
 from palaestra.gym.tasksets import split_of
@@ -58,6 +59,15 @@ class Swe(Environment):
     def task_set(cls, config: Any) -> Any:
         """The built tasks."""
         return Built(Path(config.folder) if config.folder else shipped(), config.packages, config.levels)
+
+    @classmethod
+    async def build(cls, count: int, seed: int, folder: Path | None, say: Progress) -> str:
+        """Make tasks from the packages of environments/swe/packages.py."""
+        backend = open_backend("auto", NEEDS)
+        try:
+            return await build_all(backend, count, folder or shipped(), seed, say)
+        finally:
+            await backend.close()
 
     @classmethod
     async def open(cls, config: Any) -> Backend:
