@@ -6,6 +6,7 @@ applied in order, whiteouts included (OCI image specification 1.1, layer.md).
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -86,6 +87,29 @@ def import_image(source: Path, name: str) -> Image:
     except (OSError, tarfile.TarError, ValueError, KeyError) as error:
         remove(staged)
         raise UsageError(f"cannot import {source} as {name}: {type(error).__name__}: {error}") from error
+    return find(name)
+
+
+def derived(start: Image, layer: bytes, removed: Sequence[str], config: Config, name: str) -> Image:
+    """Store an image that is another one with paths removed and a tar archive laid over it. Files that stay are shared
+    (hard links). Raises UsageError."""
+    folder = _folder(name)
+    staged = folder.with_name(f".{folder.name}.partial")
+    remove(staged)
+    try:
+        staged.mkdir(parents=True)
+        subprocess.run(["cp", "-al", str(start.root), str(staged / "root")], check=True, capture_output=True)
+        for path in removed:
+            place = inside(staged / "root", os.path.dirname(path)) / os.path.basename(path)
+            _clear(place)
+        with tarfile.open(fileobj=io.BytesIO(layer)) as archive:
+            apply_layer(archive, staged / "root")
+        (staged / "image.json").write_text(config.model_dump_json())
+        remove(folder)
+        staged.rename(folder)
+    except (OSError, tarfile.TarError, ValueError, subprocess.CalledProcessError) as error:
+        remove(staged)
+        raise UsageError(f"cannot store the image {name}: {type(error).__name__}: {error}") from error
     return find(name)
 
 

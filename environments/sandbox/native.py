@@ -250,6 +250,10 @@ class Native:
 
     async def create(self, image: str, limits: BoxLimits) -> NativeBox:
         """See Sandbox.create."""
+        return await self.of(HOST_IMAGE if image == HOST else images.find(image), limits)
+
+    async def of(self, image: Image, limits: BoxLimits) -> NativeBox:
+        """A fresh box of an image at hand."""
         commands, output, statuses = os.pipe(), os.pipe(), os.pipe()
         theirs = [commands[0], output[1], statuses[1]]
         streams = Streams(commands[1], output[0], statuses[0])
@@ -264,15 +268,14 @@ class Native:
         if problem := await box.shell.starts(LAUNCH_SECONDS):
             await box.destroy()
             raise Failure(Cause.SANDBOX, f"native: the box does not start: {problem}")
-        if image == HOST:
+        if image is HOST_IMAGE:
             self._skeleton = self._skeleton or await box.layer()
             box.baseline = self._skeleton
         return box
 
     async def _start(
-        self, image: str, limits: BoxLimits, command: Sequence[str], descriptors: Sequence[int], streams: Streams
+        self, found: Image, limits: BoxLimits, command: Sequence[str], descriptors: Sequence[int], streams: Streams
     ) -> NativeBox:
-        found = HOST_IMAGE if image == HOST else images.find(image)
         slot = next(self._slots)
         group = Group(f"box-{slot}", limits)
         request = {
@@ -300,7 +303,8 @@ class Native:
         streams = Streams(nothing[1], nothing[0], statuses[0])
         script = ["/bin/sh", "-c", '"$@" 3>&-; echo "ended $?" >&3', "sh", *command]
         try:
-            box = await self._start(image, limits, script, [0, 1, 2, statuses[1]], streams)
+            found = HOST_IMAGE if image == HOST else images.find(image)
+            box = await self._start(found, limits, script, [0, 1, 2, statuses[1]], streams)
         except BaseException:
             streams.close()
             raise

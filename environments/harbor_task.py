@@ -1,0 +1,188 @@
+"""Harbor task folders: task.toml of schema 1.x and older, read, checked, and said what of it cannot be done here.
+
+Source: the Harbor framework's task format (harbor 0.25, models/task); unknown keys are kept out of the way.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from palaestra.gym.registry import UsageError
+
+MIB = 1 << 20
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", re.IGNORECASE)
+SCALE = {"": 1 / MIB, "K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
+
+
+class Part(BaseModel):
+    """A table of task.toml; keys that nothing here uses are passed over."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Artifact(Part):
+    """What crosses from the agent's box to a separate verifier's."""
+
+    source: str
+    destination: str = ""
+
+
+class Surroundings(Part):
+    """[environment], and [verifier.environment]."""
+
+    build_timeout_sec: float = 600
+    docker_image: str | None = None
+    os: str = "linux"
+    cpus: float = 1
+    memory_mb: float = 2048
+    storage_mb: float = 10240
+    gpus: int = 0
+    env: dict[str, str] = {}
+    workdir: str | None = None
+    network_mode: Literal["public", "no-network", "allowlist"] = "public"
+    mcp_servers: list[Any] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older(cls, table: Any) -> Any:
+        """memory = "4G", storage = "10G" and allow_internet of older schemas."""
+        table = dict(table)
+        for old, new in (("memory", "memory_mb"), ("storage", "storage_mb")):
+            if old in table:
+                table.setdefault(new, _megabytes(str(table.pop(old))))
+        if "allow_internet" in table:
+            table.setdefault("network_mode", "public" if table.pop("allow_internet") else "no-network")
+        return table
+
+
+class Agent(Part):
+    """[agent]."""
+
+    timeout_sec: float | None = None
+    user: str | int | None = None
+
+
+class Collect(Part):
+    """A command that runs in the agent's box before it is judged."""
+
+    command: str
+    timeout_sec: float = 60
+
+
+class Verifier(Part):
+    """[verifier]. `environment_mode` is separate where an environment of its own is given."""
+
+    timeout_sec: float = 600
+    env: dict[str, str] = {}
+    user: str | int | None = None
+    environment_mode: Literal["shared", "separate"] | None = None
+    environment: Surroundings | None = None
+    collect: list[Collect] = []
+
+    @property
+    def separate(self) -> bool:
+        """Whether another box judges."""
+        return (self.environment_mode or ("separate" if self.environment else "shared")) == "separate"
+
+
+class HarborTask(Part):
+    """A task.toml."""
+
+    schema_version: str = "1.4"
+    metadata: dict[str, Any] = {}
+    agent: Agent = Agent()
+    verifier: Verifier = Verifier()
+    environment: Surroundings = Surroundings()
+    artifacts: list[Artifact] = []
+    steps: list[Any] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older(cls, table: Any) -> Any:
+        table = dict(table)
+        if "version" in table:
+            table.setdefault("schema_version", str(table.pop("version")))
+        listed = [{"source": one} if isinstance(one, str) else one for one in table.get("artifacts", [])]
+        return {**table, "artifacts": listed}
+
+
+def _megabytes(text: str) -> float:
+    found = SIZE.fullmatch(text.strip())
+    if found is None:
+        raise ValueError(f"{text!r} is no size; write such as 4G")
+    return float(found[1]) * SCALE[found[2].upper()]
+
+
+def load(folder: Path) -> HarborTask:
+    """Read a task folder. Raises UsageError: one line that names the file, the key and the fix."""
+    for name in ("task.toml", "instruction.md", "environment", "tests/test.sh"):
+        if not (folder / name).exists():
+            raise UsageError(f"{folder} is no Harbor task: it has no {name}")
+    try:
+        task = HarborTask.model_validate(tomllib.loads((folder / "task.toml").read_text()))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{folder / 'task.toml'} is not TOML: {error}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UsageError(f"{folder / 'task.toml'}: {where}: {first['msg']}") from None
+    if reason := cannot(folder, task):
+        raise UsageError(f"{folder}: {reason}")
+    return task
+
+
+def cannot(folder: Path, task: HarborTask) -> str:
+    """Why a task cannot be run here; empty where it can."""
+    if task.environment.gpus:
+        return "it asks for a GPU; boxes have none"
+    if task.environment.os != "linux":
+        return f"it asks for {task.environment.os}; boxes are Linux"
+    if task.environment.network_mode == "allowlist":
+        return "it asks for a network with a list of allowed hosts; boxes have no network"
+    if (folder / "environment" / "docker-compose.yaml").exists():
+        return "it is made of several containers (docker-compose.yaml); only single ones are run"
+    if task.environment.mcp_servers:
+        return "it asks for MCP servers, which are not started here"
+    if task.steps:
+        return "it has several steps, which are not played here"
+    return ""
+
+
+def rewards(read: Mapping[str, bytes]) -> dict[str, float]:
+    """What a verifier wrote: reward.json (numbers by name, or one number), else reward.txt (one number).
+
+    `read`: the files' contents by name. Raises ValueError where there is none, or no finite number in it.
+    """
+    if "reward.json" in read:
+        content = json.loads(read["reward.json"])
+        table = content if isinstance(content, dict) else {"reward": content}
+    elif "reward.txt" in read:
+        table = {"reward": float(read["reward.txt"].decode().strip())}
+    else:
+        raise ValueError("the verifier wrote neither reward.json nor reward.txt")
+    if not table:
+        raise ValueError("reward.json is empty")
+    for name, value in table.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"reward {name!r} is {value!r}, no finite number")
+    return {name: float(value) for name, value in table.items()}
+
+
+def variables(env: Mapping[str, str], known: Mapping[str, str]) -> dict[str, str]:
+    """An env table with its ${NAME} and ${NAME:-default} filled in. Raises UsageError naming what is not set."""
+
+    def filled(found: re.Match[str]) -> str:
+        name, _, default = found[1].partition(":-")
+        if name not in known and ":-" not in found[1]:
+            raise UsageError(f"the task wants the variable {name}, which is not set")
+        return known.get(name, default)
+
+    return {name: re.sub(r"\$\{([^}]+)\}", filled, text) for name, text in env.items()}

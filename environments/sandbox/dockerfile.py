@@ -1,0 +1,218 @@
+"""Dockerfiles, as far as they need no network, run over stored images by the native backend.
+
+FROM takes a stored image; where the name is not stored, the base image stands in for Debian, Ubuntu and Python images.
+RUN, COPY and ADD of local files, ENV, ARG, WORKDIR and SHELL do what they say; what only matters to a daemon is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from palaestra.environments.sandbox import archives, images
+from palaestra.environments.sandbox.base import NAME
+from palaestra.environments.sandbox.native import Native
+from palaestra.gym.registry import UsageError
+from palaestra.gym.sandbox import BoxLimits, Entry
+
+STANDS_IN = re.compile(r"^(docker\.io/)?(library/)?(debian|ubuntu|python)(:.*)?$|^.*/(python|ubuntu|debian).*$")
+PASSED_OVER = (
+    "CMD",
+    "ENTRYPOINT",
+    "EXPOSE",
+    "LABEL",
+    "MAINTAINER",
+    "VOLUME",
+    "STOPSIGNAL",
+    "HEALTHCHECK",
+    "ONBUILD",
+    "USER",
+)
+LIMITS = BoxLimits(memory=2 << 30, disk=4 << 30, inodes=500_000, processes=512)
+
+
+class Line(NamedTuple):
+    """An instruction of a Dockerfile."""
+
+    number: int
+    word: str
+    rest: str
+
+
+def parsed(text: str) -> list[Line]:
+    """The instructions, continued lines joined, here-documents included. Raises UsageError."""
+    found: list[Line] = []
+    lines = iter(enumerate(text.splitlines(), 1))
+    for number, line in lines:
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        while line.rstrip().endswith("\\"):
+            _, more = next(lines, (0, ""))
+            line = line.rstrip()[:-1] + ("" if more.lstrip().startswith("#") else more)
+        word, _, rest = line.strip().partition(" ")
+        if here := re.search(r"<<-?['\"]?(\w+)['\"]?", rest):
+            body = []
+            for _, inner in lines:
+                body.append(inner)
+                if inner.strip() == here[1]:
+                    break
+            rest = "\n".join([rest, *body])
+        found.append(Line(number, word.upper(), rest.strip()))
+    if not found or next((line.word for line in found if line.word != "ARG"), "") != "FROM":
+        raise UsageError("a Dockerfile begins with FROM")
+    return found
+
+
+def start_of(name: str) -> images.Image:
+    """The stored image that FROM names, or the base image in its place. Raises UsageError."""
+    stored = images.names()
+    if name in stored:
+        return images.find(name)
+    if STANDS_IN.match(name) and NAME in stored:
+        return images.find(NAME)
+    raise UsageError(
+        f"the image {name} is not stored; import it (palaestra sandbox image import), or, for Debian, Ubuntu and Python "
+        "images, build the base image that stands in for them (palaestra sandbox image build)"
+    )
+
+
+async def build(folder: Path, name: str) -> images.Image:
+    """Run the Dockerfile of a folder and store what comes of it as `name`. Raises UsageError naming line and reason."""
+    lines = parsed((folder / "Dockerfile").read_text())
+    if sum(line.word == "FROM" for line in lines) > 1:
+        raise UsageError(f"{folder / 'Dockerfile'} has several stages; only one is run here")
+    backend = Native()
+    try:
+        return await _Build(folder, backend).run(lines, name)
+    finally:
+        await backend.close()
+
+
+class _Build:
+    def __init__(self, folder: Path, backend: Native) -> None:
+        self._folder = folder
+        self._backend = backend
+        self._variables: dict[str, str] = {}
+        self._environment: dict[str, str] = {}
+        self._workdir = "/"
+
+    async def run(self, lines: list[Line], name: str) -> images.Image:
+        before = [line for line in lines[: [line.word for line in lines].index("FROM")]]
+        for line in before:
+            self._argument(line.rest)
+        source = self._filled(lines[len(before)].rest.split()[0])
+        start = start_of(source)
+        self._environment = dict(start.config.environment)
+        self._workdir = start.config.workdir
+        box = await self._backend.of(start, LIMITS)
+        try:
+            for line in lines[len(before) + 1 :]:
+                try:
+                    await self._instruction(box, line)
+                except (UsageError, OSError, ValueError) as error:
+                    raise UsageError(
+                        f"{self._folder / 'Dockerfile'}, line {line.number} ({line.word}): {error}"
+                    ) from None
+            changed = await box.diff()
+        finally:
+            await box.destroy()
+        config = images.Config(environment=self._environment, workdir=self._workdir)
+        return images.derived(
+            start, archives.packed(dict(_plain(changed))), [p for p, e in changed.items() if e is None], config, name
+        )
+
+    def _filled(self, text: str) -> str:
+        known = {**self._variables, **self._environment}
+        return re.sub(r"\$\{?(\w+)\}?", lambda found: known.get(found[1], found[0]), text)
+
+    def _argument(self, rest: str) -> None:
+        key, _, value = rest.partition("=")
+        self._variables[key.strip()] = value.strip().strip("\"'")
+
+    async def _instruction(self, box, line: Line) -> None:
+        if line.word == "RUN":
+            await self._run(box, line.rest)
+        elif line.word in ("COPY", "ADD"):
+            await box.put(dict(self._copied(self._filled(line.rest))))
+        elif line.word == "ENV":
+            self._set(line.rest)
+        elif line.word == "ARG":
+            self._argument(line.rest)
+        elif line.word == "WORKDIR":
+            self._workdir = (
+                self._filled(line.rest)
+                if line.rest.startswith(("/", "$"))
+                else f"{self._workdir.rstrip('/')}/{line.rest}"
+            )
+            await box.put({self._workdir: Entry("directory", 0o755)})
+        elif line.word not in (*PASSED_OVER, "SHELL"):
+            raise UsageError("there is no such instruction here")
+
+    def _set(self, rest: str) -> None:
+        if "=" not in rest.split(" ", 1)[0]:
+            key, _, value = rest.partition(" ")
+            self._environment[key] = self._filled(value.strip())
+            return
+        for pair in shlex.split(rest):
+            key, _, value = pair.partition("=")
+            self._environment[key] = self._filled(value)
+
+    async def _run(self, box, rest: str) -> None:
+        command = shlex.join(json.loads(rest)) if rest.startswith("[") else rest
+        exports = "".join(
+            f"export {key}={shlex.quote(value)}; " for key, value in {**self._variables, **self._environment}.items()
+        )
+        done = await box.exec(f"( cd {shlex.quote(self._workdir)}; {exports}\n{command}\n)", 1800)
+        if done.status:
+            raise UsageError(
+                f"status {done.status}: {done.output[-400:].decode(errors='replace').strip()} (there is no network here)"
+            )
+
+    def _copied(self, rest: str) -> Iterator[tuple[str, Entry]]:
+        parts = (
+            json.loads(rest)
+            if rest.startswith("[")
+            else [part for part in shlex.split(rest) if not part.startswith("--")]
+        )
+        *sources, target = parts
+        place = target if target.startswith("/") else f"{self._workdir.rstrip('/')}/{target}"
+        for source in sources:
+            if "://" in source:
+                raise UsageError(f"{source}: there is no network here")
+            for path in (
+                sorted(self._folder.glob(source.removeprefix("./").rstrip("/") or "*"))
+                if source not in (".", "./")
+                else [self._folder]
+            ):
+                if not path.resolve().is_relative_to(self._folder.resolve()):
+                    raise UsageError(f"{source} lies outside the folder")
+                yield from _entries(path, place, target.endswith("/") or len(sources) > 1 or target == ".")
+
+
+def _entries(path: Path, place: str, inside: bool) -> Iterator[tuple[str, Entry]]:
+    if path.is_dir():
+        for inner in sorted(path.rglob("*")):
+            yield f"{place.rstrip('/')}/{inner.relative_to(path)}", _entry(inner)
+        return
+    yield (f"{place.rstrip('/')}/{path.name}" if inside else place), _entry(path)
+
+
+def _entry(path: Path) -> Entry:
+    mode = path.lstat().st_mode & 0o7777
+    if path.is_symlink():
+        return Entry("link", mode, str(path.readlink()).encode())
+    return Entry("directory", mode) if path.is_dir() else Entry("file", mode, path.read_bytes())
+
+
+def _plain(changed) -> Iterator[tuple[str, Entry]]:
+    for path, entry in changed.items():
+        if (
+            entry is not None
+            and entry.kind in ("file", "directory", "link")
+            and not path.startswith(("/dev", "/proc", "/tmp"))
+        ):
+            yield path, entry
