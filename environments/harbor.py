@@ -78,7 +78,24 @@ class Harbor(Environment):
         await self._box.exec(
             f"mkdir -p /logs/agent {LOGS} /logs/artifacts; {_exports(self._harbor.environment.env)}", 10
         )
+        await self._begin(self._box)
         await self._box.exec(f"cd {shlex.quote(self._workdir())}", 5)
+
+    async def _begin(self, box: Box) -> None:
+        """The healthcheck, tried as often as the task says. Raises Failure(SANDBOX) where it never succeeds."""
+        check = self._harbor.environment.healthcheck
+        if check is None:
+            return
+        await asyncio.sleep(check.start_period_sec)
+        for attempt in range(check.retries + 1):
+            done = await box.exec(f"( {check.command}\n)", check.timeout_sec)
+            if done.status == 0:
+                return
+            if attempt < check.retries:
+                await asyncio.sleep(check.interval_sec)
+        raise Failure(
+            Cause.SANDBOX, f"{self._folder.name}: its healthcheck fails: {done.output[-300:].decode(errors='replace')}"
+        )
 
     def _workdir(self) -> str:
         return self._harbor.environment.workdir or images.find(self._image).config.workdir

@@ -35,6 +35,16 @@ class Artifact(Part):
     destination: str = ""
 
 
+class Healthcheck(Part):
+    """[environment.healthcheck]: a command that must succeed before the agent begins."""
+
+    command: str
+    interval_sec: float = 5
+    timeout_sec: float = 30
+    start_period_sec: float = 0
+    retries: int = 3
+
+
 class Surroundings(Part):
     """[environment], and [verifier.environment]."""
 
@@ -49,6 +59,7 @@ class Surroundings(Part):
     workdir: str | None = None
     network_mode: Literal["public", "no-network", "allowlist"] = "public"
     mcp_servers: list[Any] = []
+    healthcheck: Healthcheck | None = None
 
     @model_validator(mode="before")
     @classmethod

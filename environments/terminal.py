@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -64,7 +65,7 @@ class Terminal(Environment):
     async def setup(self, task: Task) -> None:
         """A fresh box in which the task's tree stands."""
         self._box = box = await self._fresh()
-        await box.put(state.entries(_tree(task.data["before"])))
+        await box.put(dict(_entries(_tree(task.data["before"]))))
         if task.data.get("setup"):
             done = await box.exec(task.data["setup"], SETUP_SECONDS)
             if done.status or done.timed_out:
@@ -125,9 +126,7 @@ class Terminal(Environment):
         problems = state.differences(wanted, found) + _elsewhere(self._baseline, after)
         for path, node in wanted.items():
             if node.kind == "git" and not problems:
-                problems += await self._in_fresh_box(
-                    lambda box, n=node, p=path: state.repository(box, n, found, f"{state.WORK}/{p}")
-                )
+                problems += await self._in_fresh_box(partial(_repository, node, f"{state.WORK}/{path}", found))
         for check in task.data.get("checks", ()):
             if not problems:
                 problems += await getattr(self, f"_check_{check['kind']}")(check, found)
@@ -186,6 +185,26 @@ class Terminal(Environment):
         """The task's script, then a word that all is done."""
         call = ToolCall(id="", name="bash", arguments=json.dumps({"command": task.data["script"]}))
         return [Message(role="assistant", tool_calls=(call,)), Message(role="assistant", content="done")]
+
+
+async def _repository(node: Node, place: str, found: Mapping[str, Entry], box: Box) -> list[str]:
+    """What is wrong with a repository, asked of git in a fresh box."""
+
+    async def git(arguments: str) -> str:
+        done = await box.exec(f"{state.GIT} --git-dir=judged {arguments} 2>/dev/null", ASK_SECONDS)
+        return done.output.decode(errors="replace")
+
+    await box.exec(f"{state.GIT} init -q --bare judged", ASK_SECONDS)
+    await box.put({f"{state.WORK}/judged/{path}": entry for path, entry in state.taken(found, place).items()})
+    return await state.repository(git, node, place)
+
+
+def _entries(tree: Tree) -> Iterator[tuple[str, Entry]]:
+    """What to put into a box."""
+    for path, node in tree.items():
+        if node.kind != "git":
+            kind = node.kind if node.kind in ("directory", "link") else "file"
+            yield f"{state.WORK}/{path}", Entry(kind, node.mode, state.content_of(node))
 
 
 def _tree(plain: Mapping[str, Any]) -> Tree:

@@ -1,7 +1,7 @@
 """Trees of shell tasks: put into a box, and compared with what a box came to.
 
 What is compared is data that left the box: databases, archives and repositories are opened here or in a fresh box, never
-by a program of the box that is judged.
+by a program of the box that is judged. Exported tasks carry a copy of this file: it needs nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ import shlex
 import sqlite3
 import tarfile
 import zipfile
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
-from palaestra.gym.sandbox import Box, Entry
-from palaestra.tasks.terminal.puzzle import Node, Tree
+if TYPE_CHECKING:
+    from palaestra.gym.sandbox import Entry
+    from palaestra.tasks.terminal.puzzle import Node, Tree
+
+Git = Callable[[str], Awaitable[str]]
+"""Runs git with some arguments in the folder that holds the bare repository `judged`; what it prints."""
 
 WORK = "/work"
 TEXTS = 1 << 20
@@ -23,16 +27,10 @@ TEXTS = 1 << 20
 OPAQUE = ("sqlite", "archive")
 
 
-def entries(tree: Tree) -> dict[str, Entry]:
-    """What to put into a box."""
-    return {f"{WORK}/{path}": _entry(node) for path, node in tree.items() if node.kind != "git"}
-
-
-def _entry(node: Node) -> Entry:
-    if node.kind in ("directory", "link"):
-        return Entry(node.kind, node.mode, node.text.encode())
+def content_of(node: Node) -> bytes:
+    """The bytes of a file, database or archive."""
     make = {"sqlite": _database, "archive": _archive}.get(node.kind)
-    return Entry("file", node.mode, make(node.parts) if make else node.text.encode())
+    return make(node.parts) if make else node.text.encode()
 
 
 def _database(tables: Mapping[str, Any]) -> bytes:
@@ -159,38 +157,30 @@ KEPT = ("HEAD", "objects", "refs", "packed-refs")
 """What is taken of a repository: nothing that configures."""
 
 
-async def repository(box: Box, node: Node, found: Mapping[str, Entry], place: str) -> list[str]:
-    """What is wrong with the repository at `place`, asked of git in a fresh box."""
-    taken = {
-        f"{WORK}/judged/{path.removeprefix(f'{place}/')}": entry
-        for path, entry in found.items()
-        if path.startswith(f"{place}/") and path.removeprefix(f"{place}/").split("/")[0] in KEPT
-    }
-    await box.exec(f"{GIT} init -q --bare judged", 10)
-    await box.put(taken)
-    head = await _git(box, "symbolic-ref --short HEAD")
-    problems = (
-        []
-        if head.strip() == node.parts["head"]
-        else [f"{place}: {head.strip()!r} is checked out, not {node.parts['head']}"]
-    )
-    branches = (await _git(box, "for-each-ref --format='%(refname:short)' refs/heads")).split()
+def taken(found: Mapping[str, Entry], place: str) -> dict[str, Entry]:
+    """What is looked at of the repository at `place`, by paths below it: nothing that configures."""
+    below = {path.removeprefix(f"{place}/"): entry for path, entry in found.items() if path.startswith(f"{place}/")}
+    return {path: entry for path, entry in below.items() if path.split("/")[0] in KEPT}
+
+
+async def repository(git: Git, node: Node, place: str) -> list[str]:
+    """What is wrong with the repository that was at `place`."""
+    head = (await git("symbolic-ref --short HEAD")).strip()
+    problems = [] if head == node.parts["head"] else [f"{place}: {head!r} is checked out, not {node.parts['head']}"]
+    branches = (await git("for-each-ref --format='%(refname:short)' refs/heads")).split()
     if sorted(branches) != sorted(node.parts["branches"]):
-        problems.append(f"{place}: the branches are {', '.join(sorted(branches))}")
-        return problems
+        return [*problems, f"{place}: the branches are {', '.join(sorted(branches))}"]
     for name, wanted in node.parts["branches"].items():
-        subjects = (await _git(box, f"log --topo-order --format=%s {shlex.quote(name)}")).splitlines()
-        if sorted(subjects) != sorted(wanted["subjects"]) or subjects[:1] != wanted["subjects"][:1]:
-            problems.append(f"{place}: branch {name} has other commits")
-        listed = (await _git(box, f"ls-tree -r -z --name-only {shlex.quote(name)}")).rstrip("\0").split("\0")
-        if sorted(listed) != sorted(wanted["tree"]):
-            problems.append(f"{place}: branch {name} has other files")
-            continue
-        for path, text in wanted["tree"].items():
-            if await _git(box, f"cat-file blob {shlex.quote(f'{name}:{path}')}") != text:
-                problems.append(f"{place}: {path} of branch {name} has other content")
+        problems += [f"{place}: branch {name} {problem}" for problem in await _branch(git, name, wanted)]
     return problems
 
 
-async def _git(box: Box, arguments: str) -> str:
-    return (await box.exec(f"{GIT} --git-dir=judged {arguments} 2>/dev/null", 10)).output.decode(errors="replace")
+async def _branch(git: Git, name: str, wanted: Mapping[str, Any]) -> list[str]:
+    subjects = (await git(f"log --topo-order --format=%s {shlex.quote(name)}")).splitlines()
+    if sorted(subjects) != sorted(wanted["subjects"]) or subjects[:1] != wanted["subjects"][:1]:
+        return ["has other commits"]
+    listed = (await git(f"ls-tree -r -z --name-only {shlex.quote(name)}")).rstrip("\0").split("\0")
+    if sorted(listed) != sorted(wanted["tree"]):
+        return ["has other files"]
+    found = {path: await git(f"cat-file blob {shlex.quote(f'{name}:{path}')}") for path in wanted["tree"]}
+    return [f"has other content in {path}" for path, text in wanted["tree"].items() if found[path] != text]

@@ -101,7 +101,7 @@ class _Build:
         self._workdir = "/"
 
     async def run(self, lines: list[Line], name: str) -> images.Image:
-        before = [line for line in lines[: [line.word for line in lines].index("FROM")]]
+        before = lines[: [line.word for line in lines].index("FROM")]
         for line in before:
             self._argument(line.rest)
         source = self._filled(lines[len(before)].rest.split()[0])

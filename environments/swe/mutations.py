@@ -6,6 +6,7 @@ The kinds follow SWE-smith's procedural ones (Yang et al. 2025, SWE-smith: Scali
 from __future__ import annotations
 
 import ast
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -213,7 +214,7 @@ def edits(text: str) -> list[Edit]:
 def applied(text: str, chosen: list[Edit]) -> str:
     """The text after edits. Raises ValueError where two overlap."""
     ordered = sorted(chosen, key=lambda edit: edit.start, reverse=True)
-    for later, earlier in zip(ordered, ordered[1:], strict=False):
+    for later, earlier in itertools.pairwise(ordered):
         if earlier.end > later.start:
             raise ValueError(f"edits overlap: {earlier.kind} and {later.kind} in {earlier.function}")
     for edit in ordered:
