@@ -29,6 +29,8 @@ RANGE, FIRST, SLOTS = 1 << 16, 0x71000000, 4096
 SHM, READ, COLLECTED = 64 << 20, 10 << 20, 256 << 20
 """Bytes of shared memory; of a file that is read; of all changed files together."""
 LAUNCH_SECONDS = 15.0
+AT_ONCE = 8
+"""Requests to the launcher under way, which serves one after the other: more would not fit into its socket."""
 NAMESPACES = ("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try")
 KEPT_CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "SETUID", "SETGID", "KILL", "NET_BIND_SERVICE")
 ENVIRONMENT = {"HOME": "/root", "LANG": "C.UTF-8", "TERM": "dumb"}
@@ -55,16 +57,21 @@ class Launching:
         self._channel: socket.socket | None = None
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._numbers = itertools.count()
+        self._gate = asyncio.Semaphore(AT_ONCE)
         self._stage = ""
 
     async def visit(self, request: Mapping[str, Any], content: bytes) -> bytes:
         """What a visitor of a box answers to `content`. Raises Failure(SANDBOX)."""
         assert self._channel is not None
+        async with self._gate:
+            return await self._visited(self._channel, request, content)
+
+    async def _visited(self, channel: socket.socket, request: Mapping[str, Any], content: bytes) -> bytes:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             ours.setblocking(False)
             try:
-                socket.send_fds(self._channel, [json.dumps(dict(request)).encode()], [theirs.fileno()])
+                socket.send_fds(channel, [json.dumps(dict(request)).encode()], [theirs.fileno()])
                 theirs.close()
                 async with asyncio.timeout(LAUNCH_SECONDS):
                     return await _exchange(ours, content)
@@ -73,7 +80,12 @@ class Launching:
 
     async def launch(self, request: Mapping[str, Any], descriptors: list[int]) -> dict[str, Any]:
         """The launcher's answer. Raises Failure(SANDBOX) with what went wrong."""
-        channel = self._channel or self._start()
+        async with self._gate:
+            return await self._launched(self._channel or self._start(), request, descriptors)
+
+    async def _launched(
+        self, channel: socket.socket, request: Mapping[str, Any], descriptors: list[int]
+    ) -> dict[str, Any]:
         number = next(self._numbers)
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
