@@ -60,7 +60,7 @@ def _memory(init: int) -> float:
     """Proportional set size of a box's processes and of what keeps it on the host, in MiB."""
     parent = int(Path(f"/proc/{init}/stat").read_text().rpartition(")")[2].split()[1])
     total = 0
-    for pid in {*processes.beside(init), parent}:
+    for pid in {*processes.inside(processes.namespace(init)), parent}:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
     return total / 1024

@@ -1,4 +1,4 @@
-"""Harbor task folders, run as they are: `harbor:PATH` is the environment of one task's folder, or of a folder of such."""
+"""Harbor task folders, run as they are: `harbor:PATH` is the environment of a task's folder, or of a folder of such."""
 
 from __future__ import annotations
 
@@ -181,7 +181,10 @@ class Harbor(Environment):
         await box.exec(f"rm -rf {TESTS} {LOGS}; mkdir -p {TESTS} {LOGS} /logs/artifacts", 10)
         await box.put({f"{TESTS}/{path}": entry for path, entry in _files(self._folder / "tests")})
         exports = _exports(variables(verifier.env, os.environ))
-        command = f"( cd {shlex.quote(self._workdir())}; {exports} bash {TESTS}/test.sh ) > {LOGS}/test-stdout.txt 2>&1 < /dev/null"
+        command = (
+            f"( cd {shlex.quote(self._workdir())}; {exports} bash {TESTS}/test.sh ) "
+            f"> {LOGS}/test-stdout.txt 2>&1 < /dev/null"
+        )
         done = await box.exec(command, verifier.timeout_sec)
         written = {}
         for name in ("reward.json", "reward.txt"):
@@ -244,7 +247,10 @@ _building: dict[str, asyncio.Lock] = {}
 
 
 async def image_of(folder: Path, task: HarborTask, build: bool) -> str:
-    """The name of the stored image of a task's environment; built from its Dockerfile where it lacks. Raises UsageError."""
+    """The name of the stored image of a task's environment; built from its Dockerfile where it lacks.
+
+    Raises UsageError.
+    """
     stated = task.environment.docker_image
     if stated and stated in images.names():
         return stated

@@ -30,8 +30,9 @@ class Terminal(Environment):
     """Do in a shell what the task asks; the shell begins in /work. Reply without a tool call when all is done."""
 
     class Config(BaseModel):
-        """`levels` and `families` of the generated tasks (all families, when none is named); `backend` of the sandbox and
-        the `image` of its boxes; `seconds` that one command may take; `shown`: bytes of output that the policy sees."""
+        """`levels` and `families` of the generated tasks (all families, when none is named); `backend` of the sandbox
+        and the `image` of its boxes; `seconds` that one command may take; `shown`: bytes of output that the policy
+        sees."""
 
         model_config = ConfigDict(extra="forbid", frozen=True)
 

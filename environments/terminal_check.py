@@ -135,7 +135,7 @@ def process(check: dict[str, Any], found: dict[str, Any]) -> bool:
     """So many processes have the argument."""
     end = time.monotonic() + SETTLE
     while True:
-        right = sum(check["argument"] in given for given in arguments().values()) == check["count"]
+        right: bool = sum(check["argument"] in given for given in arguments().values()) == check["count"]
         if right or time.monotonic() > end:
             return right
         time.sleep(0.05)
@@ -143,7 +143,7 @@ def process(check: dict[str, Any], found: dict[str, Any]) -> bool:
 
 def pidfile(check: dict[str, Any], found: dict[str, Any]) -> bool:
     """The file holds the number of the process that has the argument."""
-    number = found[check["path"]].content.strip().decode(errors="replace")
+    number: str = found[check["path"]].content.strip().decode(errors="replace")
     return number.isdigit() and check["argument"] in arguments().get(int(number), [])
 
 
@@ -151,7 +151,7 @@ def answer(check: dict[str, Any], found: dict[str, Any]) -> bool:
     """An HTTP GET brings the body."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{check['port']}{check['path']}", timeout=5) as reply:
-            return reply.status == 200 and reply.read() == check["body"].encode()
+            return bool(reply.status == 200 and reply.read() == check["body"].encode())
     except OSError:
         return False
 

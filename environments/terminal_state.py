@@ -1,7 +1,8 @@
 """Trees of shell tasks: put into a box, and compared with what a box came to.
 
-What is compared is data that left the box: databases, archives and repositories are opened here or in a fresh box, never
-by a program of the box that is judged. Exported tasks carry a copy of this file: it needs nothing but the standard library.
+What is compared is data that left the box: databases, archives and repositories are opened here or in a fresh box,
+never by a program of the box that is judged. Exported tasks carry a copy of this file: it needs nothing but the
+standard library.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class Process(NamedTuple):
 
 
 class Box(Protocol):
-    """One live sandbox. Whatever goes wrong with it raises Failure(SANDBOX); Destroyed, where its own commands did it."""
+    """One live sandbox. Whatever goes wrong with it raises Failure(SANDBOX); Destroyed, where its commands did it."""
 
     async def exec(self, command: str, timeout: float) -> Executed:
         """Run a shell command in the box's persistent shell, for `timeout` seconds at most."""

@@ -6,10 +6,12 @@ import asyncio
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tarfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from palaestra.environments.sandbox.backends import open_backend, refuse
 from palaestra.environments.sandbox.cli import app, limits_of
 from palaestra.gym.outcome import Failure
 from palaestra.gym.registry import UsageError
-from palaestra.gym.sandbox import BoxLimits, Capabilities, Entry
+from palaestra.gym.sandbox import BoxLimits, Capabilities, Destroyed, Entry
 
 ALL = [*ISOLATING, "process"]
 IMAGE = {**IMAGES, "process": images.HOST}
@@ -157,7 +159,10 @@ def layer(entries) -> bytes:
 
 
 LOWER = [("a", None), ("a/x", b"1"), ("a/y", b"2"), ("abs", "/a"), ("b", None), ("b/z", b"3")]
-UPPER = [("a/.wh.x", b""), ("abs/new", b"n"), ("b/.wh..wh..opq", b""), ("b/w", b"4"), ("evil", "/etc"), ("evil/pwn", b"x"), ("../../up", b"u")]  # fmt: skip
+UPPER = [
+    ("a/.wh.x", b""), ("abs/new", b"n"), ("b/.wh..wh..opq", b""), ("b/w", b"4"), ("evil", "/etc"), ("evil/pwn", b"x"),
+    ("../../up", b"u"),
+]  # fmt: skip
 FOUND = {"a/new": b"n", "a/y": b"2", "b/w": b"4", "etc/pwn": b"x", "up": b"u"}
 
 
@@ -215,8 +220,13 @@ def test_a_folder_and_its_tar_are_the_same_image(store, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "name", "words"),
-    [(b"no archive", "x", "cannot import"), (layer([("a", "b"), ("b", "a"), ("a/c", b"")]), "x", "links without end"), (b"", "Bad Name", "is no name"), (b"", "host", "is no name")],
-)  # fmt: skip
+    [
+        (b"no archive", "x", "cannot import"),
+        (layer([("a", "b"), ("b", "a"), ("a/c", b"")]), "x", "links without end"),
+        (b"", "Bad Name", "is no name"),
+        (b"", "host", "is no name"),
+    ],
+)
 def test_what_cannot_be_imported_leaves_nothing(store, tmp_path, content, name, words):
     (tmp_path / "source").write_bytes(content)
     with pytest.raises(UsageError, match=words):
@@ -291,7 +301,11 @@ def test_the_filter_is_whole_on_both_machines():
 
 @pytest.mark.skipif(not cgroups.parents(), reason="no control group may be made here")
 def test_what_a_killed_owner_left_is_swept(tmp_path):
-    code = "from palaestra.environments.sandbox.cgroups import Group; from palaestra.gym.sandbox import BoxLimits; import os, signal; print(Group('left', BoxLimits()).folders[0]); import sys; sys.stdout.flush(); os.kill(os.getpid(), signal.SIGKILL)"
+    code = (
+        "from palaestra.environments.sandbox.cgroups import Group; from palaestra.gym.sandbox import BoxLimits; "
+        "import os, signal; print(Group('left', BoxLimits()).folders[0]); import sys; sys.stdout.flush(); "
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     left = Path(done.stdout.strip())
     assert left.exists(), done.stderr
@@ -337,16 +351,166 @@ def test_the_doctor_says_what_works():
     assert done.exit_code == (0 if ISOLATING else 1)
 
 
-@pytest.mark.parametrize("name", enforcing("isolation"))
-async def test_a_launcher_that_is_killed_is_a_failure_of_the_machine(name):
-    if name != "native":
-        return
-    backend = open_backend(name)
-    box = await backend.create(images.HOST, SMALL)
-    backend._launching._process.kill()
-    with pytest.raises(Failure, match="sandbox"):
+# -- what goes wrong
+
+
+@pytest.fixture
+async def native():
+    if "native" not in ISOLATING:
+        pytest.skip("no native backend")
+    opened = open_backend("native")
+    yield opened
+    await opened.close()
+
+
+async def test_a_launcher_that_is_killed_takes_its_boxes_along_and_is_followed_by_another(native):
+    box = await native.create(images.HOST, SMALL)
+    native._launching._process.kill()
+    with pytest.raises(Failure, match="launcher ended"):
         await box.exec("sleep 5", 10)
-    with pytest.raises(Failure, match="sandbox"):
-        await backend.create(images.HOST, SMALL)
+    with pytest.raises(Failure, match="launcher ended"):
+        await box.read("/work/x")
     await box.destroy()
-    await backend.close()
+    other = await native.create(images.HOST, SMALL)
+    assert (await other.exec("echo again", 5)).output == b"again\n"
+    await other.destroy()
+
+
+async def test_a_request_that_is_too_long_is_refused_and_harms_nobody(native):
+    box = await native.create(images.HOST, SMALL)
+    for path in ("/" + "x" * 70_000, "/" + "ü" * 20_000):
+        with pytest.raises(OSError, match="too long"):
+            await box.read(path)
+    assert (await box.exec("echo alive", 5)).output == b"alive\n"
+    await box.destroy()
+
+
+@pytest.mark.parametrize("how", ["prlimit --pid 1 --nproc=0:0; kill -9 $$", "kill -9 $$; kill -9 $PPID", "python3 -c 'x = open(\"/proc/1/mem\", \"r+b\", 0)'"])  # fmt: skip
+async def test_init_is_not_ended_from_inside(native, how):
+    box = await native.create(images.HOST, SMALL)
+    await box.exec(how, 10)
+    assert (await box.exec("echo alive", 10)).output == b"alive\n"
+    await box.destroy()
+
+
+async def test_a_box_whose_init_was_ended_is_its_own_doing(native):
+    box = await native.create(images.HOST, SMALL)
+    os.kill(box.init, 9)
+    with pytest.raises(Destroyed):
+        await box.exec("echo alive", 10)
+    with pytest.raises(Destroyed):
+        await box.diff()
+    await box.destroy()
+
+
+async def test_destroying_a_box_ends_its_command_and_disturbs_no_other(native):
+    box = await native.create(images.HOST, SMALL)
+    running = asyncio.create_task(box.exec("sleep 30", 60))
+    await asyncio.sleep(0.1)
+    await box.destroy()
+    with pytest.raises(Failure, match="destroyed"):
+        await running
+    other = await native.create(images.HOST, SMALL)
+    assert (await other.exec("echo fine", 5)).output == b"fine\n"
+    await other.destroy()
+
+
+async def test_a_creation_that_is_cancelled_leaves_nothing(native):
+    await (await native.create(images.HOST, SMALL)).destroy()
+    before = len(os.listdir("/proc/self/fd"))
+    for seconds in (0.001, 0.003, 0.006, 0.01, 0.015, 0.02):
+        with suppress(TimeoutError):
+            await (await asyncio.wait_for(native.create(images.HOST, SMALL), seconds)).destroy()
+    await asyncio.sleep(0.3)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert not list(Path("/sys/fs/cgroup").glob(f"*/{cgroups.owner_name()}/*/"))
+
+
+async def test_a_cancelled_command_is_stopped_and_the_next_one_is_not_mixed_with_it(native):
+    box = await native.create(images.HOST, SMALL)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(box.exec("echo A1; sleep 1; echo A2; touch /work/A3; sleep 9", 60), 0.3)
+    assert (await box.exec("echo B", 5)).output == b"B\n"
+    await asyncio.sleep(1)
+    assert (await box.exec("ls", 5)).output == b""
+    await box.destroy()
+
+
+async def test_a_shell_that_is_ended_from_behind_never_runs_a_command_without_its_limit(native):
+    box = await native.create(images.HOST, SMALL)
+    await box.exec("(sleep 0.2; kill -9 $$) > /dev/null 2>&1 &", 5)
+    done = await box.exec("sleep 3; touch over", 1)
+    assert done.status != 0
+    await asyncio.sleep(3)
+    assert (await box.exec("ls; echo next", 5)).output == b"next\n"
+    await box.exec("kill -STOP $$", 0.5)
+    assert (await box.exec("echo once", 5)).output == b"once\n"
+    await box.exec("echo ended 0 >&15; sleep 0.5; echo late", 5)
+    assert (await box.exec("echo B", 5)).output == b"B\n"
+    await box.destroy()
+
+
+async def test_an_image_without_a_shell_says_so(native, store, tmp_path):
+    (tmp_path / "root" / "etc").mkdir(parents=True)
+    images.import_image(tmp_path / "root", "empty")
+    with pytest.raises(Failure, match="/bin/sh"):
+        await native.create("empty", SMALL)
+
+
+async def test_a_full_disk_and_a_folder_in_the_way_are_told_as_they_are(native):
+    box = await native.create(images.HOST, SMALL)
+    await box.exec("mkdir there; head -c 100M /dev/zero > fill", 5)
+    for size in (9, 30_000, 3_000_000):
+        with pytest.raises(OSError, match="No space left"):
+            await box.write("/work/new", b"x" * size)
+    await box.exec("rm fill", 5)
+    with pytest.raises(OSError, match="directory"):
+        await box.write("/work/there", b"x" * 1_000_000)
+    await box.destroy()
+
+
+async def test_what_changes_while_it_is_collected_hides_nothing(native):
+    box = await native.create(images.HOST, SMALL)
+    await box.exec("(while :; do for i in 1 2 3; do echo x >> log$i; rm -f gone; touch gone; done; done) > /dev/null 2>&1 & touch zz", 5)  # fmt: skip
+    for _ in range(10):
+        assert "/work/zz" in await box.diff()
+    await box.destroy()
+
+
+async def test_a_link_that_is_swapped_in_meanwhile_leads_nowhere(native, tmp_path):
+    (tmp_path / "secret").write_text("secret of this machine")
+    box = await native.create(images.HOST, SMALL)
+    swap = f"import os\nopen('a', 'w').write('x')\nwhile True:\n    os.symlink('{tmp_path}/secret', 'l'); os.rename('l', 'a'); open('f', 'w').write('x'); os.rename('f', 'a')"
+    await box.exec(f"python3 -c {shlex.quote(swap)} > /dev/null 2>&1 & sleep 0.2", 5)
+    for _ in range(20):
+        entry = (await box.diff()).get("/work/a")
+        assert entry is None or b"secret of" not in entry.content
+    await box.destroy()
+
+
+async def test_a_service_that_drips_is_given_up(native):
+    box = await native.create(images.HOST, SMALL)
+    serve = "import socket, time\ns = socket.create_server(('127.0.0.1', 99)); c, _ = s.accept()\nwhile True: c.send(b'x'); time.sleep(0.2)"
+    await box.exec(f"python3 -c {shlex.quote(serve)} > /dev/null 2>&1 & sleep 0.3", 5)
+    with pytest.raises(OSError, match="timed out"):
+        await box.ask(99, b"", 1.0)
+    await box.destroy()
+
+
+def test_a_layer_moves_nothing_beside_its_image(store, tmp_path):
+    victim = tmp_path / "victim"
+    (victim / "shadow").mkdir(parents=True)
+    victim.chmod(0o700)
+    for number, entries in enumerate(
+        ([("e", None), ("e/shadow", None), ("e", str(victim))], [("d", None), ("d", str(victim))])
+    ):
+        (tmp_path / f"{number}.tar").write_bytes(layer(entries))
+        images.import_image(tmp_path / f"{number}.tar", f"evil{number}")
+    assert victim.stat().st_mode & 0o777 == 0o700
+    assert (victim / "shadow").stat().st_mode & 0o777 == 0o755 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

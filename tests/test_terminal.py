@@ -144,7 +144,7 @@ def test_what_is_no_database_is_said_to_be_none(content):
     if not content:
         assert tables(content) == {}
         return
-    with pytest.raises(Exception, match=r"database|malformed|not"):  # noqa: B017
+    with pytest.raises(Exception, match=r"database|malformed|not"):
         tables(content)
 
 

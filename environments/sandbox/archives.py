@@ -25,7 +25,7 @@ def packed(entries: Mapping[str, Entry]) -> bytes:
             member = tarfile.TarInfo(path.lstrip("/"))
             member.type, member.mode, member.uid, member.gid = TYPES[entry.kind], entry.mode, entry.uid, entry.gid
             if entry.kind == "link":
-                member.linkname = entry.content.decode()
+                member.linkname = entry.content.decode(errors="surrogateescape")
             member.size = len(entry.content) if entry.kind == "file" else 0
             archive.addfile(member, io.BytesIO(entry.content))
     return out.getvalue()

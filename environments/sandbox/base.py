@@ -1,4 +1,4 @@
-"""The base image: Debian with what terminal and SWE tasks use, made by debootstrap without any registry, or by Docker."""
+"""The base image: Debian with what terminal and SWE tasks use, made by debootstrap without a registry, or by Docker."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import os
+import secrets
 import select
 import socket
 import struct
@@ -49,10 +50,13 @@ FRAME = struct.Struct(">BxxxL")
 class DockerBox:
     """A live container."""
 
-    def __init__(self, backend: Docker, container: str, pid: int, peer: socket.socket, limits: BoxLimits) -> None:
+    def __init__(
+        self, backend: Docker, container: str, pid: int, peer: socket.socket, limits: BoxLimits, token: str
+    ) -> None:
         self._backend = backend
         self._container = container
         self.init = pid
+        self._namespace = processes.namespace(pid)
         self._limits = limits
         commands, output, statuses = os.pipe(), os.pipe(), os.pipe()
         self._streams = Streams(commands[1], output[0], statuses[0])
@@ -60,7 +64,7 @@ class DockerBox:
             asyncio.create_task(_pump_in(commands[0], peer)),
             asyncio.create_task(_pump_out(peer, {1: output[1], 2: statuses[1]})),
         ]
-        self.shell = Shell(self._streams, limits.output, self._stop, marks=True)
+        self.shell = Shell(self._streams, limits.output, self._stop, token, marks=True)
         self._destroyed = False
 
     async def exec(self, command: str, timeout: float) -> Executed:
@@ -103,7 +107,7 @@ class DockerBox:
 
     async def processes(self) -> list[Process]:
         """See Box.processes."""
-        return processes.described(processes.beside(self.init))
+        return processes.described(processes.inside(self._namespace))
 
     async def ask(self, port: int, request: bytes, timeout: float) -> bytes:
         """See Box.ask. A program of this machine speaks, in the container's network (root alone may send it there)."""
@@ -118,17 +122,17 @@ class DockerBox:
 
     def _stop(self, since: float) -> None:
         with suppress(OSError):
-            processes.stop(processes.beside(self.init), since, (self.init,))
+            processes.stop(partial(processes.inside, self._namespace), since, (self.init,))
 
     async def destroy(self) -> None:
         """See Box.destroy."""
         if self._destroyed:
             return
         self._destroyed = True
+        await self.shell.close()
         for pump in self._pumps:
             pump.cancel()
         await asyncio.gather(*self._pumps, return_exceptions=True)
-        self._streams.close()
         await self._backend.remove(self, self._container)
 
 
@@ -342,8 +346,11 @@ class Docker:
     async def _create(self, image: str, limits: BoxLimits) -> DockerBox:
         if image == HOST:
             raise Failure(Cause.SANDBOX, NO_IMAGE)
-        container, pid, peer = await self.call("create", partial(self._start, image=image, limits=limits))
-        box = DockerBox(self, container, pid, peer, limits)
+        token = secrets.token_hex(8)
+        command = ("/bin/sh", "-c", SUPERVISOR, "sh", token)
+        start = partial(self._start, image=image, limits=limits, command=command)
+        container, pid, peer = await self.call("create", start)
+        box = DockerBox(self, container, pid, peer, limits, token)
         self._live.add(box)
         if problem := await box.shell.starts(START_SECONDS):
             await box.destroy()
@@ -365,9 +372,7 @@ class Docker:
 
         return await self.call("run", once)
 
-    def _start(
-        self, api: Any, image: str, limits: BoxLimits, command: Sequence[str] = ("/bin/sh", "-c", SUPERVISOR)
-    ) -> tuple[str, int, socket.socket]:
+    def _start(self, api: Any, image: str, limits: BoxLimits, command: Sequence[str]) -> tuple[str, int, socket.socket]:
         _provide(api, image)
         container = api.create_container(
             image,

@@ -1,7 +1,8 @@
 """Dockerfiles, as far as they need no network, run over stored images by the native backend.
 
 FROM takes a stored image; where the name is not stored, the base image stands in for Debian, Ubuntu and Python images.
-RUN, COPY and ADD of local files, ENV, ARG, WORKDIR and SHELL do what they say; what only matters to a daemon is passed over.
+RUN, COPY and ADD of local files, ENV, ARG, WORKDIR and SHELL do what they say; what only matters to a daemon is passed
+over.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from palaestra.environments.sandbox import archives, images
 from palaestra.environments.sandbox.base import NAME
 from palaestra.environments.sandbox.native import Native
 from palaestra.gym.registry import UsageError
-from palaestra.gym.sandbox import BoxLimits, Entry
+from palaestra.gym.sandbox import Box, BoxLimits, Entry
 
 STANDS_IN = re.compile(r"^(docker\.io/)?(library/)?(debian|ubuntu|python)(:.*)?$|^.*/(python|ubuntu|debian).*$")
 PASSED_OVER = (
@@ -75,8 +76,8 @@ def start_of(name: str) -> images.Image:
     if STANDS_IN.match(name) and NAME in stored:
         return images.find(NAME)
     raise UsageError(
-        f"the image {name} is not stored; import it (palaestra sandbox image import), or, for Debian, Ubuntu and Python "
-        "images, build the base image that stands in for them (palaestra sandbox image build)"
+        f"the image {name} is not stored; import it (palaestra sandbox image import), or, for Debian, Ubuntu and "
+        "Python images, build the base image that stands in for them (palaestra sandbox image build)"
     )
 
 
@@ -133,7 +134,7 @@ class _Build:
         key, _, value = rest.partition("=")
         self._variables[key.strip()] = value.strip().strip("\"'")
 
-    async def _instruction(self, box, line: Line) -> None:
+    async def _instruction(self, box: Box, line: Line) -> None:
         if line.word == "RUN":
             await self._run(box, line.rest)
         elif line.word in ("COPY", "ADD"):
@@ -161,16 +162,15 @@ class _Build:
             key, _, value = pair.partition("=")
             self._environment[key] = self._filled(value)
 
-    async def _run(self, box, rest: str) -> None:
+    async def _run(self, box: Box, rest: str) -> None:
         command = shlex.join(json.loads(rest)) if rest.startswith("[") else rest
         exports = "".join(
             f"export {key}={shlex.quote(value)}; " for key, value in {**self._variables, **self._environment}.items()
         )
         done = await box.exec(f"( cd {shlex.quote(self._workdir)}; {exports}\n{command}\n)", 1800)
         if done.status:
-            raise UsageError(
-                f"status {done.status}: {done.output[-400:].decode(errors='replace').strip()} (there is no network here)"
-            )
+            said = done.output[-400:].decode(errors="replace").strip()
+            raise UsageError(f"status {done.status}: {said} (there is no network here)")
 
     def _copied(self, rest: str) -> Iterator[tuple[str, Entry]]:
         parts = (
@@ -208,7 +208,7 @@ def _entry(path: Path) -> Entry:
     return Entry("directory", mode) if path.is_dir() else Entry("file", mode, path.read_bytes())
 
 
-def _plain(changed) -> Iterator[tuple[str, Entry]]:
+def _plain(changed: Mapping[str, Entry | None]) -> Iterator[tuple[str, Entry]]:
     for path, entry in changed.items():
         if (
             entry is not None

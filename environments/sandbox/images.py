@@ -1,7 +1,7 @@
 """Images: root file systems in a folder of this user, `$XDG_CACHE_HOME/palaestra/images/NAME`, for every backend.
 
-`import_image` takes a root file system (a folder or a tar archive), an OCI layout or a `docker save` archive. Layers are
-applied in order, whiteouts included (OCI image specification 1.1, layer.md).
+`import_image` takes a root file system (a folder or a tar archive), an OCI layout or a `docker save` archive. Layers
+are applied in order, whiteouts included (OCI image specification 1.1, layer.md).
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def find(name: str) -> Image:
     except FileNotFoundError:
         known = ", ".join([HOST, *names()])
         raise UsageError(
-            f"there is no sandbox image {name!r}; there are: {known}. `palaestra sandbox image build` makes the base image"
+            f"there is no sandbox image {name!r}; there are: {known}. "
+            "`palaestra sandbox image build` makes the base image"
         ) from None
     except (OSError, ValueError) as error:
         raise UsageError(f"sandbox image {name!r} is damaged ({error}); remove {folder} and import it anew") from None
@@ -79,7 +80,8 @@ def import_image(source: Path, name: str) -> Image:
     staged = folder.with_name(f".{folder.name}.partial")
     remove(staged)
     try:
-        (staged / "root").mkdir(parents=True)
+        staged.mkdir(parents=True, mode=0o700)  # an image may hold set-user-id programs
+        (staged / "root").mkdir()
         config = _fill(source, staged / "root")
         (staged / "image.json").write_text(config.model_dump_json())
         remove(folder)
@@ -97,7 +99,7 @@ def derived(start: Image, layer: bytes, removed: Sequence[str], config: Config, 
     staged = folder.with_name(f".{folder.name}.partial")
     remove(staged)
     try:
-        staged.mkdir(parents=True)
+        staged.mkdir(parents=True, mode=0o700)
         subprocess.run(["cp", "-al", str(start.root), str(staged / "root")], check=True, capture_output=True)
         for path in removed:
             place = inside(staged / "root", os.path.dirname(path)) / os.path.basename(path)
@@ -224,6 +226,7 @@ def _layers(parts: _Folder | _Archive, layers: Sequence[str], config: Mapping[st
 
 def apply_layer(archive: tarfile.TarFile, root: Path) -> None:
     """Unpack a layer over what is in `root`. Raises OSError; ValueError for a name that cannot be."""
+    root = root.resolve()
     folders: list[tuple[Path, tarfile.TarInfo]] = []
     for member in archive:
         name = os.path.normpath(f"/{member.name}").lstrip("/")
@@ -242,7 +245,8 @@ def apply_layer(archive: tarfile.TarFile, root: Path) -> None:
             if member.isdir():
                 folders.append((place, member))
     for place, member in reversed(folders):  # last: one without permission to write would take nothing in
-        _own(place, member)
+        if place.resolve() == place and place.is_dir():  # a later member may have put a link in its way
+            _own(place, member)
 
 
 def inside(root: Path, name: str) -> Path:

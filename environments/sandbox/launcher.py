@@ -2,39 +2,39 @@
 
 Run as a script (`python -I -S launcher.py FD`), with nothing but the standard library, so that forking it is cheap. It
 serves requests on the SOCK_SEQPACKET socket FD, one JSON object each with the descriptors that become the box's first
-ones (0, 1, 2, ...), and answers with the process that is the box's init. When its owner ends it ends, and every box with it.
+ones (0, 1, 2, ...), and answers with the process that is the box's init. When its owner ends it ends, and every box
+with it.
 """
 
 from __future__ import annotations
 
 import ctypes
-import encodings.idna  # noqa: F401 (connect() wants it, and in a box it cannot be found any more)
 import fcntl
-import io
 import json
 import os
 import resource
 import select
 import signal
 import socket
-import stat
 import struct
 import sys
-import tarfile
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
-CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000
+CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE = 2, 4, 0x4000, 0x40000
 OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC, AT_EMPTY_PATH, MOVE_MOUNT_F_EMPTY_PATH = 1, 0o2000000, 0x1000, 4
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_IDMAP = 1, 2, 4, 0x100000
 OPEN_TREE, MOVE_MOUNT, MOUNT_SETATTR = 428, 429, 442
 PR_SET_PDEATHSIG = 1
 INFO_SECONDS = 10.0
-VISIT_SECONDS, ANSWER = 60, 1 << 20
 FREE = 64
 """The lowest descriptor that no box is given."""
 MESSAGE = 1 << 16
+
+sys.path.insert(0, str(Path(__file__).parent))  # alone, by its path, there is no package
+import visitor  # noqa: E402
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -108,12 +108,14 @@ class Launcher:
             content, descriptors = received(self.channel)
             if not content:
                 return
-            request = json.loads(content)
             try:
+                request = json.loads(content)
                 if "visit" in request:
-                    self._visit(request, descriptors[0])
+                    self._visit(request, *descriptors)
                 else:
                     self.channel.send(json.dumps(self._answer(request, descriptors)).encode())
+            except (ValueError, OSError) as error:  # no box may take the others' launcher away
+                print(f"palaestra launcher: {error}", file=sys.stderr)
             finally:
                 for descriptor in descriptors:
                     os.close(descriptor)
@@ -125,14 +127,14 @@ class Launcher:
             return {"id": request["id"], "error": str(error)}
         return {"id": request["id"], "pid": pid, "monitor": monitor}
 
-    def _visit(self, request: dict[str, Any], stream: int) -> None:
-        """Fork a visitor of a box's files, who speaks with the owner himself."""
+    def _visit(self, request: dict[str, Any], target: int, stream: int) -> None:
+        """Fork a visitor of a box, who speaks with the owner himself."""
         if os.fork() == 0:
-            signal.alarm(VISIT_SECONDS)
-            self.channel.close()
-            with socket.socket(fileno=stream) as peer:
-                visit(request, peer, self.stage)
-            os._exit(0)
+            try:
+                self.channel.close()
+                visitor.answer(request, target, socket.socket(fileno=stream), self.stage)
+            finally:
+                os._exit(0)
 
     def launch(self, request: dict[str, Any], descriptors: list[int]) -> tuple[int, int]:
         """Start a box; returns the host's number of its init, and of the bubblewrap process above it."""
@@ -149,7 +151,8 @@ class Launcher:
             self._prepare(monitor, request, ours)
             return self._init_of(info_read, ours), monitor
         except BaseException:
-            os.kill(monitor, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(monitor, signal.SIGKILL)
             raise
         finally:
             ours.close()
@@ -238,126 +241,13 @@ class Launcher:
             "--seccomp", str(program), "--info-fd", str(info), "--bind", f"{self.stage}/{root}", "/",
             *request["arguments"], "--", *request["command"],
         ]  # fmt: skip
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for kind in (signal.SIGCHLD, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(kind, signal.SIG_DFL)
         moved = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, FREE) for descriptor in descriptors]
         for number, descriptor in enumerate(moved):
             os.dup2(descriptor, number)
         os.closerange(len(moved), FREE)  # whatever else is open is not for the box
         os.execve(self.bwrap, command, request["environment"])
-
-
-def visit(request: dict[str, Any], peer: socket.socket, stage: str) -> None:
-    """Act on a box's files as the box's own root, in its own namespaces, so that no link of it leads out of it.
-
-    `visit`: read (the path's content), ask (what a service answers), put (a tar archive that the owner sends), diff (a tar archive of the writable
-    layer). The first line of the answer is empty, or says what went wrong.
-    """
-    with peer.makefile("rwb") as stream:
-        try:
-            enter(request["pid"], CLONE_NEWNET if request["visit"] == "ask" else CLONE_NEWNS)
-            if request["visit"] == "read":
-                content = read(request["path"], request["limit"])
-                stream.write(b"\n" + content)
-            elif request["visit"] == "ask":
-                answer = ask(request["port"], stream.read(), request["timeout"])
-                stream.write(b"\n" + answer)
-            elif request["visit"] == "put":
-                put(stream)
-                while stream.read(1 << 16):
-                    pass  # an archive ends before its padding does
-                stream.write(b"\n")
-            else:
-                layer = f"{stage}/upper"
-                measure(layer, request["limit"])
-                stream.write(b"\n")
-                collect(layer, stream)
-        except Exception as error:
-            stream.write(f"{type(error).__name__}: {error}\n".encode())
-
-
-def ask(port: int, request: bytes, timeout: float) -> bytes:
-    """What a service on the loopback answers until it closes."""
-    with socket.create_connection(("127.0.0.1", port), timeout) as peer:
-        peer.sendall(request)
-        answer = bytearray()
-        while part := peer.recv(1 << 16):
-            answer += part
-            if len(answer) > ANSWER:
-                raise OSError(f"an answer of more than {ANSWER} bytes")
-        return bytes(answer)
-
-
-def enter(pid: int, namespace: int) -> None:
-    """Join the user namespace of a process and another one, as their root."""
-    target = os.pidfd_open(pid)
-    checked(libc.setns(target, CLONE_NEWUSER | namespace), "setns")
-    os.setresgid(0, 0, 0)
-    os.setresuid(0, 0, 0)
-
-
-def read(path: str, limit: int) -> bytes:
-    """The content of a regular file. Raises OSError for anything else, and for one of more than `limit` bytes."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-    try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(f"{path} is no regular file")
-        if found.st_size > limit:
-            raise OSError(f"{path} has {found.st_size} bytes; the limit is {limit}")
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read(limit)
-    finally:
-        os.close(descriptor)
-
-
-def put(stream: BinaryIO) -> None:
-    """Unpack a tar archive below /, owners and modes included."""
-    with tarfile.open(fileobj=stream, mode="r|") as archive:
-        for member in archive:
-            path = "/" + member.name
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            if not member.isdir() and os.path.lexists(path):
-                os.unlink(path)
-            archive.extract(member, "/", numeric_owner=True, filter="fully_trusted")
-
-
-def measure(layer: str, limit: int) -> None:
-    """Raises OSError where the files of a layer have more than `limit` bytes."""
-    total = sum(os.lstat(path).st_size for path in walk(layer) if os.path.isfile(path) and not os.path.islink(path))
-    if total > limit:
-        raise OSError(f"the changed files have {total} bytes; the limit is {limit}")
-
-
-def walk(layer: str) -> Iterator[str]:
-    """All paths below a folder, links not followed, folders before what they hold."""
-    for folder, folders, files in os.walk(layer):
-        folders.sort()
-        for name in sorted(folders + files):
-            yield os.path.join(folder, name)
-
-
-def collect(layer: str, stream: BinaryIO) -> None:
-    """Write a layer as a tar archive. A whiteout is a character device 0:0; an opaque folder carries a pax header."""
-    with tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as archive:
-        for path in walk(layer):
-            member = archive.gettarinfo(path, os.path.relpath(path, layer))
-            if member is None:
-                continue  # a socket
-            member.uname = member.gname = ""
-            if member.isdir() and _opaque(path):
-                member.pax_headers["palaestra.opaque"] = "y"
-            content = b""
-            if member.isreg():
-                content = read(path, member.size)
-                member.size = len(content)  # whoever still runs may cut it meanwhile
-            archive.addfile(member, io.BytesIO(content))
-
-
-def _opaque(path: str) -> bool:
-    try:
-        return os.getxattr(path, "user.overlay.opaque") == b"y"
-    except OSError:
-        return False
 
 
 def _become_root(several: bool) -> None:

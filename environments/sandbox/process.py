@@ -1,4 +1,4 @@
-"""The process backend: a folder and resource limits, and nothing that keeps hostile code out. For code that is trusted."""
+"""The process backend: a folder and resource limits, and nothing that keeps hostile code out. For trusted code."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from palaestra.environments.sandbox import processes
@@ -25,8 +26,8 @@ MARK = "PALAESTRA_BOX"
 WORK = "/work"
 START_SECONDS = 10.0
 WARNING = (
-    "sandbox backend `process` isolates nothing: commands run as you, with your files and your network. Use it only for "
-    "code that you trust; `palaestra sandbox doctor` says how to get a real one"
+    "sandbox backend `process` isolates nothing: commands run as you, with your files and your network. Use it only "
+    "for code that you trust; `palaestra sandbox doctor` says how to get a real one"
 )
 
 
@@ -36,6 +37,7 @@ class ProcessBox:
     def __init__(self, folder: Path, limits: BoxLimits) -> None:
         self._folder = folder
         self._mark = f"{MARK}={secrets.token_hex(8)}"
+        token = secrets.token_hex(8)
         commands, output, statuses = os.pipe(), os.pipe(), os.pipe()
         environment = {
             "PATH": os.environ.get("PATH", os.defpath),
@@ -44,14 +46,14 @@ class ProcessBox:
             "TERM": "dumb",
         }
         self._process = subprocess.Popen(
-            ["/bin/sh", "-c", _ceilings(limits) + SUPERVISOR],
+            ["/bin/sh", "-c", _ceilings(limits) + SUPERVISOR, "sh", token],
             stdin=commands[0], stdout=output[1], stderr=statuses[1], cwd=folder, start_new_session=True,
             env=environment | dict([self._mark.split("=")]),
         )  # fmt: skip
         for descriptor in (commands[0], output[1], statuses[1]):
             os.close(descriptor)
         self._streams = Streams(commands[1], output[0], statuses[0])
-        self.shell = Shell(self._streams, limits.output, self._stop)
+        self.shell = Shell(self._streams, limits.output, self._stop, token)
 
     async def exec(self, command: str, timeout: float) -> Executed:
         """See Box.exec."""
@@ -111,7 +113,7 @@ class ProcessBox:
         return self._folder / path.removeprefix(WORK).lstrip("/")
 
     def _stop(self, since: float) -> None:
-        processes.stop(processes.marked(self._mark), since, (self._process.pid,))
+        processes.stop(partial(processes.marked, self._mark), since, (self._process.pid,))
 
     async def destroy(self) -> None:
         """See Box.destroy."""
@@ -120,11 +122,11 @@ class ProcessBox:
         self._process.kill()
         deadline = time.monotonic() + START_SECONDS
         while list(processes.marked(self._mark)) and time.monotonic() < deadline:
-            processes.stop(processes.marked(self._mark), 0)
+            processes.stop(partial(processes.marked, self._mark), 0)
             self._process.poll()
             await asyncio.sleep(0)
         self._process.wait()
-        self._streams.close()
+        await self.shell.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
 from palaestra.gym.sandbox import Process
 
 TICKS = os.sysconf("SC_CLK_TCK")
+PASSES = 50
 
 
 def started(pid: int) -> int:
@@ -28,14 +29,28 @@ def marked(mark: str) -> Iterator[int]:
                     yield int(name)
 
 
-def beside(init: int) -> Iterator[int]:
-    """The processes in the process namespace of `init`, itself included. Raises OSError where it is gone."""
-    namespace = os.readlink(f"/proc/{init}/ns/pid")
-    for name in os.listdir("/proc"):
-        if name.isdigit():
+def namespace(pid: int) -> str:
+    """The name of a process's process namespace. Raises OSError where it is gone."""
+    return os.readlink(f"/proc/{pid}/ns/pid")
+
+
+def inside(name: str) -> Iterator[int]:
+    """The processes in a process namespace, by their numbers here; none for our own."""
+    if name == namespace(os.getpid()):
+        return
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
             with suppress(OSError):
-                if os.readlink(f"/proc/{name}/ns/pid") == namespace:
-                    yield int(name)
+                if namespace(int(entry)) == name:
+                    yield int(entry)
+
+
+def dead(pid: int, name: str) -> bool:
+    """Whether the process of that number and namespace has ended."""
+    try:
+        return namespace(pid) != name
+    except OSError:
+        return True
 
 
 def described(pids: Iterable[int]) -> list[Process]:
@@ -51,10 +66,21 @@ def described(pids: Iterable[int]) -> list[Process]:
     return found
 
 
-def stop(pids: Iterable[int], since: float, spared: Iterable[int] = ()) -> None:
-    """Kill the processes that began after `since` (seconds of CLOCK_BOOTTIME), but for those that are spared."""
+def stop(find: Callable[[], Iterable[int]], since: float, spared: Iterable[int] = ()) -> None:
+    """Kill the processes that `find` finds and that began after `since` (seconds of CLOCK_BOOTTIME), but for those that
+    are spared; again, until it finds no more: what is killed may have begun others meanwhile."""
     kept = set(spared)
-    for pid in pids:
-        with suppress(OSError):
-            if pid not in kept and started(pid) >= since * TICKS - 1:
-                os.kill(pid, signal.SIGKILL)
+    for _ in range(PASSES):
+        killed = False
+        for pid in find():
+            with suppress(OSError):
+                if pid not in kept and started(pid) >= int(since * TICKS) and not _dead(pid):
+                    os.kill(pid, signal.SIGKILL)
+                    killed = True
+        if not killed:
+            return
+
+
+def _dead(pid: int) -> bool:
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].split()[0] in (b"Z", b"X")

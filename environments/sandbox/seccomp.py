@@ -63,6 +63,9 @@ REFUSED: dict[str, tuple[int, int | None]] = {
     "modify_ldt": (154, None),
 }
 CLONE, CLONE3, IOCTL = (56, 220), (435, 435), (16, 29)
+SOCKET, SOCKETPAIR, PRLIMIT = (41, 198), (53, 199), (302, 261)
+FAMILIES = (1, 2, 10, 16)
+"""AF_UNIX, AF_INET, AF_INET6, AF_NETLINK: those that the network namespace bounds (AF_VSOCK it does not)."""
 NEW_NAMESPACES = 0x7E020080
 """CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET, NEWTIME."""
 TERMINAL_INPUT = (0x5412, 0x541C)
@@ -73,7 +76,7 @@ X32 = 0x40000000
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
-_NUMBER, _ARCHITECTURE, _ARGUMENT_0, _ARGUMENT_1 = 0, 4, 16, 24
+_NUMBER, _ARCHITECTURE, _ARGUMENT_0, _ARGUMENT_1, _ARGUMENT_2 = 0, 4, 16, 24, 32
 
 
 def program(machine: str = "") -> bytes:
@@ -92,6 +95,13 @@ def program(machine: str = "") -> bytes:
     code += _when(CLONE[column], [*_load(_ARGUMENT_0), *_refuse_if(_ANY_BIT, NEW_NAMESPACES, errno.EPERM)])
     terminal = [line for request in TERMINAL_INPUT for line in _refuse_if(_EQUAL, request, errno.EPERM)]
     code += _when(IOCTL[column], [*_load(_ARGUMENT_1), *terminal])
+    for call in (SOCKET, SOCKETPAIR):
+        known = [line for family in FAMILIES for line in _allow_if(family)]
+        code += _when(call[column], [*_load(_ARGUMENT_0), *known, (_RETURN, 0, 0, _ERRNO | errno.EAFNOSUPPORT)])
+    own = [*_load(_ARGUMENT_0), *_allow_if(0)]
+    only_asked = [*_load(_ARGUMENT_2), *_refuse_if(_AT_LEAST, 1, errno.EPERM)]
+    high = [*_load(_ARGUMENT_2 + 4), *_refuse_if(_AT_LEAST, 1, errno.EPERM)]
+    code += _when(PRLIMIT[column], [*own, *only_asked, *high])  # another process's limits may be read
     code += [(_RETURN, 0, 0, _ALLOW)]
     return b"".join(struct.pack("HBBI", *line) for line in code)
 
@@ -105,6 +115,10 @@ def _load(offset: int) -> list[_Line]:
 
 def _refuse_if(test: int, value: int, error: int) -> list[_Line]:
     return [(test, 0, 1, value), (_RETURN, 0, 0, _ERRNO | error)]
+
+
+def _allow_if(value: int) -> list[_Line]:
+    return [(_EQUAL, 0, 1, value), (_RETURN, 0, 0, _ALLOW)]
 
 
 def _refuse_unless(test: int, value: int, verdict: int) -> list[_Line]:

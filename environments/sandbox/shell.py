@@ -1,9 +1,9 @@
 """A persistent shell behind three byte streams: commands in, output out, statuses out. The same for every backend.
 
-In the box, SUPERVISOR keeps a shell alive that reads commands from the first stream, one line each. A command's standard
-input is /dev/null and both its outputs go to the second stream; when it ends, the shell writes its nonce and exit status
-to the third. So output can hold anything, a background process may keep the output open, and a command that swallows
-its input swallows nothing of ours. Statuses are observations, never verdicts: whoever is in the box can write them.
+In the box, SUPERVISOR keeps a shell alive that reads commands from the first stream. A command's standard input is
+/dev/null and both its outputs go to the second stream; when it ends, the shell writes its nonce and exit status to the
+third. So output can hold anything, a background process may keep the output open, and a command that swallows its input
+swallows nothing of ours. Statuses are observations, never verdicts: whoever is in the box can write them.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from palaestra.gym.sandbox import Executed
 
 SUPERVISOR = (
     "exec 3<&0 4>&1 5>&2 </dev/null >/dev/null 2>&1; shell=sh; command -v bash && shell='bash --noprofile --norc'; "
-    "echo ready >&5; "
-    'while :; do $shell -s <&3; echo "ended $?" >&5; done'
+    'while :; do echo ready >&5; $shell -s <&3; echo "ended $?" >&5; '
+    'line=; until [ "$line" = "go $1" ]; do read -r line <&3 || exit; done; done'
 )
-"""Init of a box, for `sh -c`. Where the shell ends it says so and starts another."""
+"""Init of a box, for `sh -c SUPERVISOR sh TOKEN`. Where the shell ends it says so, passes over what the shell left
+unread, and starts another when it is told to."""
 
 CHUNK, CHUNKS = 1 << 16, 16
 """Bytes of one read, and reads before others have their turn."""
-GRACE, RESTART = 0.5, 5.0
-"""Seconds in which a stopped command's shell, and a killed shell's successor, must report."""
-DYING = 0.01
-"""Seconds in which what was killed is gone."""
+GRACE, RESTART, DYING = 0.5, 5.0, 0.01
+"""Seconds in which a stopped command's shell, and a killed shell's successor, must report; until the killed is gone."""
 FLOOD = 16
 """How many times the output that is kept a command may write before it is stopped."""
+STATUSES = 1 << 16
+"""Bytes of statuses that one command may bring about."""
 
 
 class Streams:
@@ -84,46 +85,36 @@ class Output:
 
 class Shell:
     """Runs one command at a time. `kept`: bytes of a command's output that are kept; `stop(since)` kills what began in
-    the box after `since` (seconds of CLOCK_BOOTTIME), and with 0 everything but its init; `marks`: whether the streams
-    are carried apart, so that a status may overtake output, whose end is then marked too."""
+    the box after `since` (seconds of CLOCK_BOOTTIME), and with 0 everything but its init; `token`: what SUPERVISOR was
+    given; `marks`: whether the streams are carried apart, so that a status may overtake output, whose end is then marked
+    too."""
 
-    def __init__(self, streams: Streams, kept: int, stop: Callable[[float], None], marks: bool = False) -> None:
-        self._streams = streams
-        self._marks = marks
-        self._kept = kept
-        self._stop = stop
-        self._said = b""
+    def __init__(
+        self, streams: Streams, kept: int, stop: Callable[[float], None], token: str, marks: bool = False
+    ) -> None:
+        self.streams = streams
+        self.kept = kept
+        self.stop = stop
+        self.marks = marks
+        self._strayed = False
+        """Whether the shell ended, or was left with a command under way: the next command waits for a new one."""
+        self._token = token
+        self._current: _Exchange | None = None
         self._lock = asyncio.Lock()
 
     async def starts(self, seconds: float) -> str:
         """Wait until the box is complete and its init runs; what it says instead, where it does not."""
-        loop = asyncio.get_running_loop()
-        event = asyncio.Event()
-        loop.add_reader(self._streams.statuses, event.set)
-        try:
-            while b"ready\n" not in self._said:
-                await asyncio.wait_for(event.wait(), seconds)
-                event.clear()
-                if not (part := os.read(self._streams.statuses, CHUNK)):
-                    break
-                self._said += part
-        except TimeoutError:
-            return f"nothing for {seconds:g} s"
-        finally:
-            loop.remove_reader(self._streams.statuses)
-        said, ready, self._said = self._said.partition(b"ready\n")
-        return "" if ready else said.decode(errors="replace").strip() or "its init ended at once"
+        with _Exchange(self, b"ready") as first:
+            await first.over(seconds)
+        if first.status is not None:
+            return ""
+        return first.said.decode(errors="replace").strip() or f"nothing for {seconds:g} s"
 
     async def ends(self) -> int:
         """Wait, however long, until the one command of the box ends; its exit status, 137 where the box was killed."""
-        loop, event = asyncio.get_running_loop(), asyncio.Event()
-        loop.add_reader(self._streams.statuses, event.set)
-        try:
-            await event.wait()
-            word, _, number = os.read(self._streams.statuses, CHUNK).partition(b" ")
-        finally:
-            loop.remove_reader(self._streams.statuses)
-        return int(number) if word == b"ended" and number.strip().isdigit() else 137
+        with _Exchange(self, b"ended") as last:
+            await last.over(None)
+        return 137 if last.status is None else last.status
 
     async def exec(self, command: str, timeout: float) -> Executed:
         """Run a command; one whose time runs out, or that floods, is stopped with all that it started.
@@ -131,67 +122,118 @@ class Shell:
         Raises Ended where the box is gone.
         """
         async with self._lock:
-            if self._streams.closed:
-                raise Ended
-            return await _Command(self, command).run(timeout)
+            if self._strayed:
+                await self._find_back()
+            return await self._run(command, timeout)
 
+    async def close(self) -> None:
+        """Give up the command under way, and close the streams."""
+        if self._current is not None:
+            self._current.give_up()
+        async with self._lock:
+            self.streams.close()
 
-class _Command:
-    """One command under way."""
+    async def _find_back(self) -> None:
+        """Have a fresh shell, past whatever an earlier one left unread or unsaid. Raises Ended."""
+        for seconds in (GRACE, RESTART):
+            with _Exchange(self, b"ready") as again:
+                again.send(f"\ngo {self._token}\n".encode())
+                await again.over(seconds)
+            if again.status is not None:
+                self._strayed = False
+                return
+            self.stop(0)  # a shell that still lives has taken the words for a command
+        raise Ended
 
-    def __init__(self, shell: Shell, command: str) -> None:
-        self._shell = shell
-        self._streams = shell._streams
-        self._nonce = secrets.token_hex(8)
+    async def _run(self, command: str, timeout: float) -> Executed:
+        nonce = secrets.token_hex(8)
         call = f"{{ eval {shlex.quote(command)}\n}} </dev/null >&4 2>&1 3<&- 4>&- 5>&-"
-        mark = f"; echo {self._nonce} >&4" if shell._marks else ""
-        self._mark = f"{self._nonce}\n".encode() if shell._marks else b""
-        self._last = b""
-        self._marked = not shell._marks
-        self._line = f"{call}; echo {self._nonce} $? >&5{mark}\n".encode()
-        self._output = Output(shell._kept)
-        self._flood = FLOOD * shell._kept
-        self._event = asyncio.Event()
-        self._status: int | None = None
-        self._gone = False
-
-    async def run(self, timeout: float) -> Executed:
-        loop = asyncio.get_running_loop()
+        mark = f"; echo {nonce} >&4" if self.marks else ""
         began = time.clock_gettime(time.CLOCK_BOOTTIME)
-        loop.add_reader(self._streams.output, self._read_output)
-        loop.add_reader(self._streams.statuses, self._read_statuses)
-        try:
-            self._send()
-            stopped = not await self._ends(timeout)
-            if stopped:
-                await self._be_stopped(began)
-            self._read_output()
-        finally:
+        with _Exchange(self, nonce.encode(), f"{nonce}\n".encode() if self.marks else b"") as current:
+            self._current = current
+            try:
+                current.send(f"{call}; echo {nonce} $? >&5{mark}\n".encode())
+                stopped = not await current.over(timeout)
+                if stopped or current.ended:
+                    await self._stop(current, began)
+                current.read_output()
+            except BaseException:
+                self._strayed = True
+                self.stop(0)
+                raise
+            finally:
+                self._current = None
+        self._strayed = self._strayed or current.ended
+        if current.status is None:
+            raise Ended
+        return Executed(current.status, current.output.content().replace(current.mark, b""), stopped)
+
+    async def _stop(self, current: _Exchange, began: float) -> None:
+        """Kill what a command started; if it is the shell itself that is busy, kill that too."""
+        current.flood = sys.maxsize
+        self.stop(began)
+        if not current.ended and not await current.over(GRACE):
+            self.stop(0)
+            await current.over(RESTART)
+        await asyncio.sleep(DYING)  # what it wrote last is its own, not the next command's
+
+
+class _Exchange:
+    """What comes back from the box until the word that ends it, or the shell's end.
+
+    `status`: the number after the word (0 where there is none), None while it has not come; `ended`: whether the shell
+    ended instead, with that status; `gone`: whether the box is gone; `said`: the statuses as they came.
+    """
+
+    def __init__(self, shell: Shell, word: bytes, mark: bytes = b"") -> None:
+        self._streams = shell.streams
+        self._word = word
+        self.mark = mark
+        self._marked = not mark
+        self._last = b""
+        self.output = Output(shell.kept)
+        self.flood = FLOOD * shell.kept
+        self.said = b""
+        self._line = b""
+        self._event = asyncio.Event()
+        self.status: int | None = None
+        self.ended = False
+        self.gone = shell.streams.closed
+
+    def __enter__(self) -> _Exchange:
+        if not self.gone:
+            loop = asyncio.get_running_loop()
+            loop.add_reader(self._streams.output, self.read_output)
+            loop.add_reader(self._streams.statuses, self._read_statuses)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._streams.closed:
+            loop = asyncio.get_running_loop()
             for descriptor in (self._streams.output, self._streams.statuses):
                 loop.remove_reader(descriptor)
             loop.remove_writer(self._streams.commands)
-        if self._status is None:
-            raise Ended
-        return Executed(self._status, self._output.content().replace(self._mark, b""), stopped)
 
-    async def _ends(self, seconds: float) -> bool:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._event.wait(), seconds)
-        return self._over()
+    async def over(self, seconds: float | None) -> bool:
+        """Wait until it is over, `seconds` have gone by, or there is too much of it; whether it is over."""
+        if not self._finished():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._event.wait()
+            self._event.clear()
+        return self._finished()
 
-    def _over(self) -> bool:
-        return self._gone or (self._status is not None and self._marked)
+    def give_up(self) -> None:
+        """Nobody waits any longer."""
+        self.gone = True
+        self._event.set()
 
-    async def _be_stopped(self, began: float) -> None:
-        """Kill what the command started; if it is the shell itself that is busy, kill that too."""
-        self._event.clear()
-        self._flood = sys.maxsize
-        self._shell._stop(began)
-        if not await self._ends(GRACE):
-            self._shell._stop(0)
-            if not await self._ends(RESTART):
-                self._gone = True
-        await asyncio.sleep(DYING)  # what it wrote last is its own, not the next command's
+    def send(self, line: bytes) -> None:
+        """Write a line, as fast as it is taken."""
+        self._line = line
+        if not self.gone:
+            self._send()
 
     def _send(self) -> None:
         try:
@@ -199,8 +241,7 @@ class _Command:
         except BlockingIOError:
             pass
         except BrokenPipeError:
-            self._gone = True
-            self._event.set()
+            self.give_up()
             return
         loop = asyncio.get_running_loop()
         if self._line:
@@ -208,26 +249,42 @@ class _Command:
         else:
             loop.remove_writer(self._streams.commands)
 
-    def _read_output(self) -> None:
+    def _finished(self) -> bool:
+        return self.gone or (self.status is not None and self._marked)
+
+    def read_output(self) -> None:
+        """Take what there is."""
+        if self.gone and self._streams.closed:
+            return
         with suppress(BlockingIOError):
             for _ in range(CHUNKS):
                 part = os.read(self._streams.output, CHUNK)
-                self._output.add(part)
-                self._last = (self._last + part)[-len(part) - len(self._mark) :]
-                self._marked = self._marked or self._mark in self._last
-        if self._over() or self._output.total > self._flood:
+                self.output.add(part)
+                self._last = (self._last + part)[-len(part) - len(self.mark) :]
+                self._marked = self._marked or self.mark in self._last
+                if not part:
+                    break
+        if self._finished() or self.output.total > self.flood:
             self._event.set()
 
     def _read_statuses(self) -> None:
         with suppress(BlockingIOError):
             part = os.read(self._streams.statuses, CHUNK)
-            self._gone = not part
-            self._shell._said += part
-        *lines, self._shell._said = self._shell._said[-CHUNK:].split(b"\n")
-        for line in lines:
-            word, _, number = line.partition(b" ")
-            if word in (self._nonce.encode(), b"ended") and number.isdigit():
-                self._status = int(number)
-                self._marked = self._marked or word == b"ended"  # a shell that has ended marks nothing
-        if self._over():
+            self.gone = not part
+            self.said += part
+        for line in self.said.split(b"\n")[:-1]:
+            self._hear(*line.partition(b" ")[::2])
+        if len(self.said) > STATUSES:
+            self.said = b""
+            self.output.total = max(self.output.total, self.flood + 1)  # a flood, if of another kind
+        if self._finished() or self.output.total > self.flood:
             self._event.set()
+
+    def _hear(self, word: bytes, number: bytes) -> None:
+        """A line of statuses: the first that counts, counts."""
+        if self.status is not None or not (number.isdigit() or not number) or len(number) > 3:
+            return
+        if word == self._word:
+            self.status = int(number or 0)
+        elif word == b"ended" and self._word != b"ready":
+            self.status, self.ended, self._marked = int(number or 0), True, True

@@ -35,11 +35,12 @@ ASKED = "The repository lies in /work/repo. Change its source, then call submit.
 
 
 class Swe(Environment):
-    """Repair the repository in /work/repo as the report asks: look with bash and view, change with edit, then submit."""
+    """Repair the repository in /work/repo as the report asks: look with bash and view, change with edit, submit."""
 
     class Config(BaseModel):
-        """`folder`: where `palaestra tasks build swe` wrote tasks (default: those that ship); `levels` and `packages` to
-        choose among them (none named: all); `backend` and `image` of the sandbox; `seconds` that one command may take."""
+        """`folder`: where `palaestra tasks build swe` wrote tasks (default: those that ship); `levels` and `packages`
+        to choose among them (none named: all); `backend` and `image` of the sandbox; `seconds` that one command may
+        take."""
 
         model_config = ConfigDict(extra="forbid", frozen=True)
 

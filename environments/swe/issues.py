@@ -17,9 +17,8 @@ def issue(package: str, level: int, chosen: Sequence[tuple[str, Edit]], failures
     `failures`: the text of each failing test.
     """
     tests = list(failures)
-    parts = [
-        f"{package}: {len(tests)} {'behaviour is' if len(tests) == 1 else 'behaviours are'} wrong since the last change."
-    ]
+    count = f"{len(tests)} {'behaviour is' if len(tests) == 1 else 'behaviours are'}"
+    parts = [f"{package}: {count} wrong since the last change."]
     if level == 1:
         where = " and ".join(f"`{edit.function}` ({file})" for file, edit in chosen)
         parts.append(f"The fault seems to lie in {where}.")

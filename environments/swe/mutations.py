@@ -1,6 +1,7 @@
 """Bugs made by editing a syntax tree: each changes a few characters of one function, and leaves the rest as it stands.
 
-The kinds follow SWE-smith's procedural ones (Yang et al. 2025, SWE-smith: Scaling Data for Software Engineering Agents).
+The kinds follow SWE-smith's procedural ones (Yang et al. 2025, SWE-smith: Scaling Data for Software Engineering
+Agents).
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import NamedTuple
 
 
 class Edit(NamedTuple):
-    """A replacement of the characters from `start` to `end` of a file's text. `function`: the dotted name of the one that
-    it changes."""
+    """A replacement of the characters from `start` to `end` of a file's text. `function`: the dotted name of the one
+    that it changes."""
 
     kind: str
     function: str
@@ -123,9 +124,9 @@ def remove_guard(source: Source, node: ast.AST) -> Replacements:
         isinstance(node, ast.If)
         and not node.orelse
         and isinstance(node.body[-1], ast.Return | ast.Raise | ast.Continue | ast.Break)
+        and not source.of(node).startswith("elif")
     ):
-        if not source.of(node).startswith("elif"):
-            yield (*source.span(node), "pass")
+        yield (*source.span(node), "pass")
 
 
 def shift_constant(source: Source, node: ast.AST) -> Replacements:

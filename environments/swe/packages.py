@@ -1,4 +1,4 @@
-"""The packages that repair tasks are made of: source distributions that ship tests which pass offline with pytest alone.
+"""The packages that repair tasks are made of: source distributions whose tests pass offline with pytest alone.
 
 Sources are downloaded once, from the index that pip is set to, and never committed.
 """

@@ -6,6 +6,7 @@ It runs inside the process that is judged and proves nothing by itself; environm
 import json
 import os
 import sys
+from typing import Any
 
 REPORT, COVER = "PALAESTRA_REPORT", "PALAESTRA_COVER"
 
@@ -13,14 +14,14 @@ REPORT, COVER = "PALAESTRA_REPORT", "PALAESTRA_COVER"
 class Reporter:
     """Collects outcomes by node id; `cover`: the folder whose functions are recorded."""
 
-    def __init__(self, path, cover):
+    def __init__(self, path: str, cover: str) -> None:
         self.path = path
         self.cover = cover
-        self.outcomes = {}
-        self.failures = {}
-        self.calls = {}
+        self.outcomes: dict[str, str] = {}
+        self.failures: dict[str, str] = {}
+        self.calls: dict[str, set[tuple[str, str]]] = {}
 
-    def pytest_runtest_logreport(self, report):
+    def pytest_runtest_logreport(self, report: Any) -> None:
         """Set-up, call and tear-down of a test: the worst counts."""
         if report.failed:
             self.outcomes[report.nodeid] = "failed"
@@ -30,30 +31,30 @@ class Reporter:
         elif report.when == "call":
             self.outcomes.setdefault(report.nodeid, "passed")
 
-    def pytest_collectreport(self, report):
+    def pytest_collectreport(self, report: Any) -> None:
         """A file that could not be imported."""
         if report.failed:
             self.outcomes[report.nodeid] = "failed"
             self.failures[report.nodeid] = str(report.longrepr)[-4000:]
 
-    def pytest_runtest_setup(self, item):
+    def pytest_runtest_setup(self, item: Any) -> None:
         """Begin to record."""
         if self.cover:
             called = self.calls.setdefault(item.nodeid, set())
 
-            def record(frame, event, argument):
+            def record(frame: Any, event: str, argument: Any) -> None:
                 code = frame.f_code
                 if event == "call" and code.co_filename.startswith(self.cover):
                     called.add((os.path.relpath(code.co_filename), code.co_qualname))
 
             sys.setprofile(record)
 
-    def pytest_runtest_teardown(self, item):
+    def pytest_runtest_teardown(self, item: Any) -> None:
         """Stop recording."""
         if self.cover:
             sys.setprofile(None)
 
-    def pytest_sessionfinish(self, session, exitstatus):
+    def pytest_sessionfinish(self, session: Any, exitstatus: int) -> None:
         """Write everything, whole."""
         calls = {test: sorted(called) for test, called in self.calls.items()}
         content = {"status": int(exitstatus), "outcomes": self.outcomes, "failures": self.failures, "calls": calls}
@@ -62,7 +63,7 @@ class Reporter:
         os.replace(self.path + ".part", self.path)
 
 
-def pytest_configure(config):
+def pytest_configure(config: Any) -> None:
     """Register the reporter where a report is wanted."""
     path = os.environ.pop(REPORT, "")
     if path:

@@ -30,9 +30,9 @@ class Report(Record):
     it did not come to its end."""
 
     status: int | None = None
-    outcomes: dict[str, str] = {}
-    failures: dict[str, str] = {}
-    calls: dict[str, list[tuple[str, str]]] = {}
+    outcomes: Mapping[str, str] = {}
+    failures: Mapping[str, str] = {}
+    calls: Mapping[str, list[tuple[str, str]]] = {}
 
     def all(self, tests: Iterable[str], allowed: Sequence[str] = ("passed",)) -> bool:
         """Whether all of the tests ran and came to what is allowed."""

@@ -1,8 +1,8 @@
 """Whether a repair is one: the changed source files alone, in a fresh box, with pristine tests and sentinels.
 
-What runs there shares a process with the code under test, so a report alone proves nothing. The sentinels are tests with
-names and bodies drawn for this verdict, among the real ones: some must fail, some must pass, and a run in which any of
-them comes to something else, or in which the set of tests is not the expected one, earns nothing.
+What runs there shares a process with the code under test, so a report alone proves nothing. The sentinels are tests
+with names and bodies drawn for this verdict, among the real ones: some must fail, some must pass, and a run in which
+any of them comes to something else, or in which the set of tests is not the expected one, earns nothing.
 """
 
 from __future__ import annotations

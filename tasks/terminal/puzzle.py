@@ -1,7 +1,7 @@
 """What a shell task is made of: a tree before, the tree wanted after, and what else must then be true.
 
-Trees are of the folder /work: relative path -> Node, folders included. The wanted tree is computed here in Python, never
-by the gold script, so that the two check each other.
+Trees are of the folder /work: relative path -> Node, folders included. The wanted tree is computed here in Python,
+never by the gold script, so that the two check each other.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from palaestra.gym.types import Record
 
 
 class Node(Record):
-    """What stands at a path. `text`: a file's content, a link's target. `parts` describes what has no one right content:
-    the tables of a database, the members of an archive, the history of a repository. In a wanted tree `any` is some
-    file, and `maybe` a file or nothing."""
+    """What stands at a path. `text`: a file's content, a link's target. `parts` describes what has no one right
+    content: the tables of a database, the members of an archive, the history of a repository. In a wanted tree `any` is
+    some file, and `maybe` a file or nothing."""
 
     kind: Literal["file", "directory", "link", "sqlite", "archive", "git", "any", "maybe"] = "file"
     mode: int = 0o644
     text: str = ""
-    parts: dict[str, Any] = {}
+    parts: Mapping[str, Any] = {}
 
 
 Tree = dict[str, Node]

@@ -1,4 +1,4 @@
-"""Git: commits, merges, what was lost. A repository is checked by its branches' subjects and trees, not by its objects."""
+"""Git: commits, merges, what was lost. A repository is checked by its branches' subjects and trees, not its objects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BEGIN = "git init -q -b main && git config user.name Worker && git config user.e
 
 
 def history(head: str, **branches: dict[str, Any]) -> Node:
-    """What a repository must come to: `head` is checked out; a branch has {subjects: newest first, tree: path -> text}."""
+    """What a repository must come to: `head` is checked out; a branch has {subjects: newest first, tree: path: text}."""
     return Node(kind="git", parts={"head": head, "branches": branches})
 
 

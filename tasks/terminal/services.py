@@ -28,6 +28,10 @@ def stop_process(level: int, r: random.Random) -> Puzzle:
     setup = "; ".join(f"setsid nohup python3 -c '{SLEEP}' {worker} > /dev/null 2>&1 &" for worker in workers).replace(
         "&;", "&"
     )
+    setup += (
+        "; for worker in " + " ".join(workers) + "; do until pgrep -f $worker > /dev/null; do sleep 0.01; done; done"
+    )
+    setup = setup.replace("&;", "&")
     which = " and ".join(gone)
     checks = tuple(process(worker, 0 if worker in gone else 1) for worker in workers)
     script = "; ".join(f"pkill -f {worker}" for worker in gone)

@@ -1,0 +1,200 @@
+"""Visits to a box's files and services: runs in a process forked from the launcher, as the box's own root.
+
+It joins the box's namespaces, and for the writable layer makes that its root, so that no link of the box leads anywhere
+else. Nothing but the standard library: launcher.py imports it by its path.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import encodings.idna  # noqa: F401 (connect() wants it, and in a box it cannot be found any more)
+import errno
+import io
+import os
+import secrets
+import signal
+import socket
+import stat
+import tarfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000
+SECONDS, ANSWER, CHUNK, LOOKS = 60, 1 << 20, 1 << 16, 20
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def answer(request: dict[str, Any], target: int, peer: socket.socket, stage: str) -> None:
+    """Do what `request["visit"]` says in the box of the process handle `target`, speak with the owner, and end.
+
+    read: the content of the file `path`. put: a tar archive that the owner sends is unpacked. diff: a tar archive of the
+    writable layer below `stage`. ask: what a service answers at `port` to what the owner sends. The last line of what is
+    said is `ok`, or `error` and why.
+    """
+    signal.alarm(SECONDS)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # an owner that has gone ends it
+    stream = peer.makefile("rwb")
+    try:
+        enter(target, CLONE_NEWNET if request["visit"] == "ask" else CLONE_NEWNS)
+        if request["visit"] == "read":
+            stream.write(read(request["path"], request["limit"]))
+        elif request["visit"] == "put":
+            put(stream)
+        elif request["visit"] == "diff":
+            os.chroot(f"{stage}/upper")
+            os.chdir("/")
+            collect(stream, request["limit"])
+        else:
+            stream.write(ask(request["port"], stream.read(), request["timeout"]))
+        last = "ok"
+    except BaseException as error:
+        last = "error " + " ".join(f"{type(error).__name__}: {error}".split())
+    while stream.read(CHUNK):
+        pass  # what is left unread would be lost with the answer
+    stream.write(f"\n{last}".encode(errors="replace"))
+    stream.flush()
+
+
+def enter(target: int, namespace: int) -> None:
+    """Join the user namespace of a process and another one, as their root. Raises OSError."""
+    if os.geteuid() == 0:
+        os.setgroups([])
+    if libc.setns(target, CLONE_NEWUSER | namespace) < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    os.setresgid(0, 0, 0)
+    os.setresuid(0, 0, 0)
+
+
+def read(path: str, limit: int) -> bytes:
+    """The content of a regular file. Raises OSError for anything else, and for one of more than `limit` bytes."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(f"{path} is no regular file")
+    if found.st_size > limit:
+        raise OSError(f"{path} has {found.st_size} bytes; the limit is {limit}")
+    return _exactly(descriptor, found.st_size or limit)
+
+
+def _exactly(descriptor: int, limit: int) -> bytes:
+    """At most so many bytes of a file, whatever it grows to meanwhile. Closes it."""
+    content = bytearray()
+    while len(content) < limit and (part := os.read(descriptor, min(CHUNK, limit - len(content)))):
+        content += part
+    os.close(descriptor)
+    return bytes(content)
+
+
+def put(stream: io.BufferedIOBase) -> None:
+    """Unpack a tar archive below /, owners and modes included. Each entry is made beside its place and moved there."""
+    with tarfile.open(fileobj=stream, mode="r|") as archive:
+        for member in archive:
+            path = "/" + member.name
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            if member.isdir():
+                os.makedirs(path, exist_ok=True)
+                os.chown(path, member.uid, member.gid)
+                os.chmod(path, member.mode)
+                continue
+            beside = os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}")
+            try:
+                _make(archive, member, beside)
+                os.rename(beside, path)
+            except BaseException:
+                if os.path.lexists(beside):
+                    os.unlink(beside)
+                raise
+
+
+def _make(archive: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> None:
+    if member.issym():
+        os.symlink(member.linkname, path)
+        os.lchown(path, member.uid, member.gid)
+        return
+    source = archive.extractfile(member)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    with open(descriptor, "wb") as out:
+        while source is not None and (part := source.read(CHUNK)):
+            out.write(part)
+        out.flush()
+        os.fchown(descriptor, member.uid, member.gid)
+        os.fchmod(descriptor, member.mode)
+
+
+def collect(stream: io.BufferedIOBase, limit: int) -> None:
+    """Write everything below / as a tar archive. A whiteout is a character device 0:0; an opaque folder carries a pax
+    header. What vanishes meanwhile is left out. Raises OSError where the files have more than `limit` bytes."""
+    left = limit
+    with tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as archive:
+        for path in walk("/"):
+            found = _taken(archive, path, left)
+            if found is not None:
+                left -= len(found[1])
+                archive.addfile(found[0], io.BytesIO(found[1]))
+
+
+def _taken(archive: tarfile.TarFile, path: str, left: int) -> tuple[tarfile.TarInfo, bytes] | None:
+    """What stands at a path, and its content; None where nothing does. What is something else at each look is a fifo."""
+    for _ in range(LOOKS):
+        try:
+            member = archive.gettarinfo(path, path.lstrip("/"))
+            if member is None:
+                break  # a socket
+            content = _content(path, left) if member.isreg() else b""
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+                raise
+            continue
+        member.uname = member.gname = ""
+        if not member.islnk():
+            member.size = len(content)
+        if member.isdir() and _opaque(path):
+            member.pax_headers = {"palaestra.opaque": "y"}
+        return member, content
+    member = tarfile.TarInfo(path.lstrip("/"))
+    member.type = tarfile.FIFOTYPE
+    return member, b""
+
+
+def _content(path: str, left: int) -> bytes:
+    """A file of the layer, which must not have become anything else."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW)
+    size = os.fstat(descriptor).st_size
+    if size > left:
+        raise OSError(f"the changed files have more bytes than the limit ({path}: {size} more)")
+    return _exactly(descriptor, size)
+
+
+def walk(top: str) -> Iterator[str]:
+    """All paths below a folder, links not followed, folders before what they hold."""
+    for folder, folders, files in os.walk(top):
+        folders.sort()
+        for name in sorted(folders + files):
+            yield os.path.join(folder, name)
+
+
+def _opaque(path: str) -> bool:
+    try:
+        return os.getxattr(path, "user.overlay.opaque") == b"y"
+    except OSError:
+        return False
+
+
+def ask(port: int, request: bytes, timeout: float) -> bytes:
+    """What a service on the loopback answers until it closes. Raises OSError, TimeoutError after `timeout` seconds."""
+    end = time.monotonic() + timeout
+    with socket.create_connection(("127.0.0.1", port), timeout) as peer:
+        peer.sendall(request)
+        found = bytearray()
+        while True:
+            peer.settimeout(max(0.001, end - time.monotonic()))
+            part = peer.recv(CHUNK)
+            found += part
+            if len(found) > ANSWER:
+                raise OSError(f"an answer of more than {ANSWER} bytes")
+            if not part:
+                return bytes(found)
