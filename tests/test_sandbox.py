@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from boxes import IMAGES, ISOLATING, SMALL, enforcing
+from boxes import IMAGES, ISOLATING, SMALL
 from typer.testing import CliRunner
 
 from palaestra.environments.sandbox import archives, cgroups, images, seccomp

@@ -86,8 +86,8 @@ class Output:
 class Shell:
     """Runs one command at a time. `kept`: bytes of a command's output that are kept; `stop(since)` kills what began in
     the box after `since` (seconds of CLOCK_BOOTTIME), and with 0 everything but its init; `token`: what SUPERVISOR was
-    given; `marks`: whether the streams are carried apart, so that a status may overtake output, whose end is then marked
-    too."""
+    given; `marks`: whether the streams are carried apart, so that a status may overtake output, whose end is then
+    marked too."""
 
     def __init__(
         self, streams: Streams, kept: int, stop: Callable[[float], None], token: str, marks: bool = False

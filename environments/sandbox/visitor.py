@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import encodings.idna  # noqa: F401 (connect() wants it, and in a box it cannot be found any more)
-import errno
 import io
 import os
 import secrets
@@ -26,12 +25,16 @@ SECONDS, ANSWER, CHUNK, LOOKS = 60, 1 << 20, 1 << 16, 20
 libc = ctypes.CDLL(None, use_errno=True)
 
 
+class TooMuch(Exception):
+    """More is there than is collected."""
+
+
 def answer(request: dict[str, Any], target: int, peer: socket.socket, stage: str) -> None:
     """Do what `request["visit"]` says in the box of the process handle `target`, speak with the owner, and end.
 
-    read: the content of the file `path`. put: a tar archive that the owner sends is unpacked. diff: a tar archive of the
-    writable layer below `stage`. ask: what a service answers at `port` to what the owner sends. The last line of what is
-    said is `ok`, or `error` and why.
+    read: the content of the file `path`. put: a tar archive that the owner sends is unpacked. diff: a tar archive of
+    the writable layer below `stage`. ask: what a service answers at `port` to what the owner sends. The last line of
+    what is said is `ok`, or `error` and why.
     """
     signal.alarm(SECONDS)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # an owner that has gone ends it
@@ -125,7 +128,7 @@ def _make(archive: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> None:
 
 def collect(stream: io.BufferedIOBase, limit: int) -> None:
     """Write everything below / as a tar archive. A whiteout is a character device 0:0; an opaque folder carries a pax
-    header. What vanishes meanwhile is left out. Raises OSError where the files have more than `limit` bytes."""
+    header. What vanishes meanwhile is left out. Raises TooMuch where the files have more than `limit` bytes."""
     left = limit
     with tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as archive:
         for path in walk("/"):
@@ -136,7 +139,7 @@ def collect(stream: io.BufferedIOBase, limit: int) -> None:
 
 
 def _taken(archive: tarfile.TarFile, path: str, left: int) -> tuple[tarfile.TarInfo, bytes] | None:
-    """What stands at a path, and its content; None where nothing does. What is something else at each look is a fifo."""
+    """What stands at a path, and its content; None where nothing does. What differs at each look is called a fifo."""
     for _ in range(LOOKS):
         try:
             member = archive.gettarinfo(path, path.lstrip("/"))
@@ -145,10 +148,8 @@ def _taken(archive: tarfile.TarFile, path: str, left: int) -> tuple[tarfile.TarI
             content = _content(path, left) if member.isreg() else b""
         except FileNotFoundError:
             return None
-        except OSError as error:
-            if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
-                raise
-            continue
+        except OSError:
+            continue  # it has become something else between two calls
         member.uname = member.gname = ""
         if not member.islnk():
             member.size = len(content)
@@ -165,7 +166,7 @@ def _content(path: str, left: int) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW)
     size = os.fstat(descriptor).st_size
     if size > left:
-        raise OSError(f"the changed files have more bytes than the limit ({path}: {size} more)")
+        raise TooMuch(f"the changed files have more bytes than the limit ({path}: {size} more)")
     return _exactly(descriptor, size)
 
 
