@@ -49,9 +49,9 @@ by its own chat template, greedy, at most 256 tokens a reply:
 {lines}
 
 `palaestra train smollm2`, RLVR over the three at once: {steps} steps of {episodes:.0f} episodes in {minutes:.0f}
-minutes, {speed:.0f} sampled tokens a second, evaluation of log-probabilities and update included. Mean return:
-{returns}. Of the groups {signal:.0%} had an advantage other than zero; only those teach. The model is too weak for
-GSM8K and for calling tools: what this shows is that the path works, not that so few steps teach.
+minutes, {speed:.0f} sampled tokens a second, the update's time included. Mean return: {returns}. Of the groups
+{signal:.0%} had an advantage other than zero; only those teach. The model is too weak for GSM8K and for calling tools:
+what this shows is that the path works, not that so few steps teach.
 """
 TITLES = ("run", "environment", "before, t=1", "after, t=1", "gain, t=1", "greedy before", "greedy after", "minutes")
 
