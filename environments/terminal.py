@@ -6,10 +6,12 @@ import asyncio
 import json
 from collections.abc import Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from palaestra.environments import harbor_export
 from palaestra.environments import terminal_state as state
 from palaestra.environments.sandbox.backends import Backend, open_backend
 from palaestra.gym.environment import Environment, ToolError, metric, reward, tool
@@ -62,6 +64,11 @@ class Terminal(Environment):
     async def shut(cls, resources: Any) -> None:
         """End it, and every box with it."""
         await resources.close()
+
+    @classmethod
+    def export(cls, task: Task, folder: Path) -> Path:
+        """A Harbor task folder."""
+        return harbor_export.export(task, folder)
 
     async def setup(self, task: Task) -> None:
         """A fresh box in which the task's tree stands."""

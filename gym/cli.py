@@ -185,6 +185,23 @@ def tasks_build(
     typer.echo(told)
 
 
+@tasks.command("export")
+def tasks_export(
+    ref: Ref,
+    output: Annotated[Path, typer.Option("--output", "-o", help="the folder to write tasks into")],
+    overrides: Overrides = None,
+    split: Split = "train",
+    seed: Seed = 0,
+    count: Annotated[int, typer.Option("--count", "-n", min=1)] = 20,
+) -> None:
+    """Write the first tasks of a split in a form that other tools read, where the environment has one."""
+    from itertools import islice
+
+    found = spec(ref, config_of(overrides or []))
+    for task in islice(found.tasks(split, seed), count):
+        typer.echo(str(found.environment().export(task, output)))
+
+
 def evaluation(
     policy: Annotated[list[str], typer.Option(help="a policy; may be given several times")],
     env: Annotated[list[str], typer.Option(help="[ALIAS=]ENVIRONMENT; may be given several times")],

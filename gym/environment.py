@@ -100,6 +100,12 @@ class Environment:
         raise UsageError(f"{cls.__name__} makes no tasks from outside material")
 
     @classmethod
+    def export(cls, task: Task, folder: Path) -> Path:
+        """Write a task below `folder` in a form that other tools read; returns where. `palaestra tasks export` calls
+        this."""
+        raise UsageError(f"{cls.__name__} writes no tasks for other tools")
+
+    @classmethod
     async def open(cls, config: Any) -> Any:
         """Open what is costly and shared by many episodes (an index, a pool). Called once per actor."""
         return None

@@ -53,7 +53,8 @@ def parsed(text: str) -> list[Line]:
             continue
         while line.rstrip().endswith("\\"):
             _, more = next(lines, (0, ""))
-            line = line.rstrip()[:-1] + ("" if more.lstrip().startswith("#") else more)
+            if not more.lstrip().startswith("#"):
+                line = line.rstrip()[:-1] + more
         word, _, rest = line.strip().partition(" ")
         if here := re.search(r"<<-?['\"]?(\w+)['\"]?", rest):
             body = []
