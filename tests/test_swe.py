@@ -1,0 +1,263 @@
+"""Repair tasks: edits that change what a program means, a build that admits only real bugs, a verifier that is not fooled."""
+
+from __future__ import annotations
+
+import ast
+import json
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from palaestra.environments.sandbox.backends import lacks_native
+from palaestra.environments.swe import build, packages, repository
+from palaestra.environments.swe.environment import Built, Swe
+from palaestra.environments.swe.issues import issue
+from palaestra.environments.swe.mutations import OPERATORS, Edit, applied, edits
+from palaestra.environments.swe.verify import repair, sentinels
+from palaestra.gym.agent import Loop
+from palaestra.gym.environment import gold_of
+from palaestra.gym.episode import run_episode
+from palaestra.gym.policies import Null
+from palaestra.gym.policy import Replay
+from palaestra.gym.registry import UsageError
+from palaestra.gym.sandbox import Entry
+from palaestra.gym.types import Message, Sampling, ToolCall
+
+boxed = pytest.mark.skipif(bool(lacks_native()), reason="no native sandbox on this machine")
+SOURCE = '''
+def clamp(value, low, high):
+    """A value between two bounds."""
+    if value < low:
+        return low
+    if value > high:
+        return high
+    return value
+
+
+def total(numbers, start=0):
+    result = start
+    for number in numbers:
+        if number is None:
+            continue
+        result += number
+    return result
+
+
+class Stack:
+    def __init__(self):
+        self.items = []
+
+    def push(self, item):
+        self.items.append(item)
+
+    def top(self, default=None):
+        if not self.items:
+            return default
+        else:
+            return self.items[-1]
+
+    def both(self, a, b):
+        return bool(a) and bool(b), max(a, b), self.items[1:]
+'''
+TESTS = """
+import pytest
+from small import Stack, clamp, total
+
+
+@pytest.mark.parametrize(("value", "found"), [(-1, 0), (0, 0), (5, 5), (10, 10), (11, 10)])
+def test_clamp(value, found):
+    assert clamp(value, 0, 10) == found
+
+
+def test_total():
+    assert total([1, None, 2], 3) == 6
+
+
+def test_stack():
+    stack = Stack()
+    assert stack.top(7) == 7
+    stack.push(1)
+    stack.push(2)
+    assert stack.top() == 2
+    assert stack.both(3, 0) == (False, 3, [2])
+
+
+def test_always():
+    assert True
+"""
+SMALL = repository.Repository({"small/__init__.py": SOURCE.encode()}, {"tests/test_small.py": TESTS.encode()}, ".", ("tests",), ("small/__init__.py",))  # fmt: skip
+PACKAGE = packages.Package("small", "1", "", "Apache-2.0", "small", ("tests",))
+
+
+def test_every_operator_finds_something_and_every_edit_means_something_else():
+    found = edits(SOURCE)
+    kinds = {edit.kind for edit in found}
+    assert len(kinds) >= 10
+    assert kinds <= {operator.__name__ for operator in OPERATORS}
+    whole = ast.dump(ast.parse(SOURCE))
+    for edit in found:
+        changed = applied(SOURCE, [edit])
+        assert ast.dump(ast.parse(changed)) != whole
+        assert changed[: edit.start] == SOURCE[: edit.start]
+        assert changed.endswith(SOURCE[edit.end :])
+    assert {edit.function for edit in found} >= {"clamp", "total", "Stack.top", "Stack.both"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6))
+def test_edits_apart_can_be_combined_in_any_order_and_overlapping_ones_cannot(seed):
+    r = random.Random(seed)
+    one, two = r.sample(edits(SOURCE), 2)
+    if one.end < two.start or two.end < one.start:
+        assert applied(SOURCE, [one, two]) == applied(SOURCE, [two, one])
+    elif one.start < two.end and two.start < one.end:
+        with pytest.raises(ValueError, match="overlap"):
+            applied(SOURCE, [one, two])
+
+
+def test_places_are_counted_in_characters():
+    text = "def f(a):\n    x = 'grüße'; return a < 'é'\n"
+    (edit,) = [edit for edit in edits(text) if edit.kind == "flip_comparison"]
+    assert applied(text, [edit]) == "def f(a):\n    x = 'grüße'; return a <= 'é'\n"
+
+
+def test_an_issue_tells_more_on_easier_levels():
+    chosen = [("a.py", Edit("k", "Stack.top", 0, 1, ""))]
+    failures = {"tests/t.py::TestX::test_big_numbers[3]": "x\nE   assert 1 == <A at 0x7f12>\n"}
+    easy, middle, hard = (issue("small", level, chosen, failures) for level in (1, 2, 3))
+    assert "`Stack.top` (a.py)" in easy
+    assert "big numbers (3)" in hard
+    assert "assert 1 == <A>" in middle
+    assert "assert" not in hard
+    assert "Stack.top" not in middle
+
+
+def test_only_sources_are_taken_of_a_repair():
+    file = Entry("file", 0o644, b"x = 1\n")
+    names = {
+        "small/__init__.py": file, "small/new.py": file, "small/conftest.py": file, "tests/test_small.py": file,
+        "pytest.ini": file, "sitecustomize.py": file, "small/link.py": Entry("link", 0o777, b"/etc/passwd"),
+        "small/huge.py": Entry("file", 0o644, b"#" * 500_000), ".git/config": file, "small/__pycache__/x.pyc": file,
+    }  # fmt: skip
+    made = repair(SMALL, {f"/work/repo/{name}": entry for name, entry in names.items()} | {"/etc/x": file})
+    assert set(made.taken) == {"small/__init__.py", "small/new.py"}
+    assert set(made.refused) == {"small/conftest.py", "tests/test_small.py", "pytest.ini", "sitecustomize.py", "small/link.py", "small/huge.py"}  # fmt: skip
+
+
+def test_sentinels_differ_each_time_and_do_what_they_say():
+    one, two = sentinels(SMALL), sentinels(SMALL)
+    assert one.text != two.text
+    scope: dict = {}
+    exec(one.text, scope)
+    for name in one.passing:
+        scope[name.rpartition("::")[2]]()
+    for name in one.failing:
+        with pytest.raises(AssertionError):
+            scope[name.rpartition("::")[2]]()
+
+
+def test_a_package_that_is_not_what_was_pinned_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(packages, "_download", lambda package: b"something else")
+    with pytest.raises(UsageError, match="another sha256"):
+        packages.fetched(packages.PACKAGES[0])
+    assert not list(tmp_path.rglob("*.gz"))
+    with pytest.raises(UsageError, match="the packages are"):
+        repository.find("nothing")
+
+
+@pytest.fixture
+async def backend():
+    opened = await Swe.open(Swe.Config())
+    yield opened
+    await Swe.shut(opened)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A package of our own in the place of those of the index."""
+    monkeypatch.setattr(repository, "PACKAGES", (PACKAGE,))
+    monkeypatch.setattr(repository, "files", lambda package: {**SMALL.files, **SMALL.tests})
+    repository.whole.cache_clear()
+    yield
+    repository.whole.cache_clear()
+
+
+@boxed
+@pytest.mark.slow
+async def test_a_build_admits_only_real_bugs_and_goes_on_where_it_stopped(backend, small, tmp_path):
+    told = []
+    content = await build.build(backend, PACKAGE, 4, tmp_path, 0, lambda *said: told.append(said))
+    assert len(content["tasks"]) == 4
+    assert [said[1] for said in told][-1] == 4
+    first = json.dumps(content["tasks"])
+    more = await build.build(backend, PACKAGE, 6, tmp_path, 0, lambda *said: None)
+    assert json.dumps(more["tasks"][:4]) == first
+    assert len(more["tasks"]) == 6
+    assert "tests/test_small.py::test_always" in more["stable"]
+    for task in more["tasks"]:
+        assert 0 < len(task["fail_to_pass"]) <= len(more["stable"]) / 2
+
+
+@boxed
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_gold_repairs_and_nothing_and_no_trick_does(backend, small, tmp_path):
+    await build.build(backend, PACKAGE, 2, tmp_path, 0, lambda *said: None)
+    config = Swe.Config(folder=str(tmp_path))
+    task = next(iter(Built(tmp_path)))
+    gold = gold_of(Swe(config, backend), task)
+
+    async def earned(*commands, policy=None):
+        calls = [_call("bash", command=command) for command in commands]
+        chosen = policy or Replay([*calls, _call("submit")])
+        return (await run_episode(Swe(config, backend), Loop(), {"main": chosen}, task, Sampling(), "id")).result.value
+
+    assert await earned(policy=Replay(gold)) == 1
+    assert await earned(policy=Null()) == 0
+    file = "small/__init__.py"
+    hook = "import pytest\\n@pytest.hookimpl(hookwrapper=True)\\ndef pytest_runtest_makereport(item, call):\\n    o = yield\\n    o.get_result().outcome = 'passed'\\n"  # fmt: skip
+    for trick in (
+        f"sed -i '1i import os; os._exit(0)' {file}",
+        f"sed -i '1i import sys; sys.exit(0)' {file}",
+        f"sed -i '1i import atexit, os; atexit.register(os._exit, 0)' {file}",
+        f'printf "{hook}" > conftest.py; echo >> {file}',
+        f'printf "{hook}" > small/conftest.py; echo >> {file}',
+        f"printf 'import _pytest.runner as r\\nr.CallInfo.from_call = classmethod(lambda c, *a, **k: None)\\n' >> {file}",
+        f"printf '[pytest]\\naddopts = --co\\n' > pytest.ini; echo >> {file}",
+        f"printf 'import os\\nos._exit(0)\\n' > sitecustomize.py; echo >> {file}",
+        f"mkdir -p tests; printf 'def test_total(): pass\\n' > tests/test_small.py; echo >> {file}",
+        f"printf 'class E:\\n    __eq__ = lambda s, o: True\\nclamp = total = lambda *a, **k: E()\\n' >> {file}; sed -i '1i import builtins; builtins.AssertionError = KeyboardInterrupt' {file}",
+        f"printf 'import unittest\\nimport _pytest.assertion.rewrite as w\\nw.AssertionRewritingHook.exec_module = lambda s, m: None\\n' >> {file}",
+        "echo 1 > /logs; git log --all | head; git fsck --lost-found; echo reward 1",
+    ):
+        assert await earned(trick) == 0, trick
+
+
+@boxed
+@pytest.mark.slow
+async def test_the_tools_view_and_edit(backend, small, tmp_path):
+    await build.build(backend, PACKAGE, 1, tmp_path, 0, lambda *said: None)
+    config = Swe.Config(folder=str(tmp_path))
+    (task,) = Built(tmp_path)
+    environment = Swe(config, backend)
+    await environment.setup(task)
+    try:
+        assert (await environment.view("small/__init__.py", 2, 3)).startswith("2\tdef clamp")
+        assert "is changed" in await environment.edit("small/__init__.py", "A value between", "The value between")
+        for call, words in (
+            (environment.edit("small/__init__.py", "return", "x"), "exactly once"),
+            (environment.view("nothing.py"), "cannot read"),
+            (environment.view("small/__init__.py", 999), "has"),
+        ):
+            with pytest.raises(Exception, match=words):
+                await call
+        assert (await environment.bash("git log --oneline | wc -l; ls")).split() == ["1", "small"]
+    finally:
+        await environment.close()
+
+
+def _call(name, **arguments):
+    return Message(role="assistant", tool_calls=(ToolCall(id="", name=name, arguments=json.dumps(arguments)),))
