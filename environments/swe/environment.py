@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -24,9 +24,11 @@ from palaestra.gym.outcome import Cause, Failure
 from palaestra.gym.sandbox import Box, BoxLimits, Capabilities, Destroyed
 from palaestra.gym.tasksets import split_of
 from palaestra.gym.types import Message, Source, Task, ToolCall
+from palaestra.tasks.repair import exercism, quixbugs
 
 NEEDS = Capabilities(isolation=True, no_network=True)
 LIMITS = BoxLimits(memory=1 << 30, disk=512 << 20, processes=256)
+SOURCES = {"quixbugs": quixbugs, "exercism": exercism}
 COMMIT = (
     f"cd {REPO} && git init -q -b main && git config user.name dev && git config user.email dev@example.com && "
     "git add -A && git commit -q -m 'Import' --date '2020-01-01T00:00:00Z'"
@@ -44,12 +46,14 @@ class Swe(Environment):
 
         model_config = ConfigDict(extra="forbid", frozen=True)
 
+        source: Literal["packages", "quixbugs", "exercism"] = "packages"
         folder: str = ""
         levels: tuple[int, ...] = (1, 2, 3)
         packages: tuple[str, ...] = ()
         backend: str = "auto"
         image: str = "host"
         seconds: float = Field(default=60.0, gt=0)
+        judging: float = Field(default=90.0, gt=0)
         shown: int = Field(default=8000, ge=100)
         limits: BoxLimits = LIMITS
 
@@ -58,7 +62,9 @@ class Swe(Environment):
 
     @classmethod
     def task_set(cls, config: Any) -> Any:
-        """The built tasks."""
+        """The built tasks, or real ones."""
+        if config.source in SOURCES:
+            return SOURCES[config.source]()
         return Built(Path(config.folder) if config.folder else shipped(), config.packages, config.levels)
 
     @classmethod
@@ -184,7 +190,12 @@ class Swe(Environment):
         box = await self._fresh()
         try:
             return await repaired(
-                box, self._repo, made, task.data["fail_to_pass"], task.data["stable"], 10 * self.config.seconds
+                box,
+                self._repo,
+                made,
+                task.data.get("fail_to_pass", ()),
+                task.data.get("stable", ()),
+                10 * self.config.seconds,
             )
         finally:
             await box.destroy()

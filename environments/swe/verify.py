@@ -100,7 +100,19 @@ def _verdict(report: Report, watch: Sentinels, wanted: Sequence[str], stable: Se
         return f"the tests did not come to their end (status {report.status})"
     if not report.all(watch.passing) or not report.all(watch.failing, ("failed",)):
         return "the tests were tampered with"
+    if not wanted:
+        return _all_hold(report, watch)
     if not report.all(wanted):
         return "the bug is still there"
     broken = [test for test in stable if report.outcomes.get(test) not in ("passed", "skipped")]
     return f"{len(broken)} other tests fail" if broken else ""
+
+
+def _all_hold(report: Report, watch: Sentinels) -> str:
+    """Where no tests are named, all of them must hold, and there must be some."""
+    ours = {*watch.passing, *watch.failing}
+    real = {test: outcome for test, outcome in report.outcomes.items() if test not in ours}
+    failing = [test for test, outcome in real.items() if outcome == "failed"]
+    if "passed" not in real.values():
+        return "no test passes"
+    return f"{len(failing)} tests fail" if failing else ""
