@@ -393,13 +393,22 @@ async def test_init_is_not_ended_from_inside(native, how):
     await box.destroy()
 
 
-async def test_a_box_whose_init_was_ended_is_its_own_doing(native):
+async def test_a_box_that_this_machine_kills_is_its_failure(native):
     box = await native.create(images.HOST, SMALL)
     os.kill(box.init, 9)
-    with pytest.raises(Destroyed):
+    with pytest.raises(Failure, match="killed from outside"):
         await box.exec("echo alive", 10)
-    with pytest.raises(Destroyed):
+    with pytest.raises(Failure, match="killed from outside"):
         await box.diff()
+    await box.destroy()
+
+
+async def test_a_box_whose_init_is_broken_from_inside_is_its_own_doing(native):
+    box = await native.create(images.HOST, SMALL)
+    code = "maps = open('/proc/1/maps').read().splitlines(); mem = open('/proc/1/mem', 'r+b', 0)\nfor line in maps:\n    if 'r-xp' in line and '[v' not in line:\n        start, end = (int(x, 16) for x in line.split()[0].split('-')); mem.seek(start); mem.write(b'\\xcc' * (end - start))"
+    with suppress(Destroyed):  # anything but a Failure, which would be this machine's
+        await box.exec(f"python3 -c {shlex.quote(code)}; kill -9 $$; kill -9 $PPID", 5)
+        await box.exec("echo alive", 10)
     await box.destroy()
 
 

@@ -103,8 +103,16 @@ class Launcher:
         os.write(self.filter, bytes.fromhex(config["filter"]))
 
     def serve(self) -> None:
-        """Answer requests until the owner closes its end."""
+        """Answer requests until the owner closes its end, and tell of boxes that end."""
+        ended, woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
         while True:
+            ready = select.select([self.channel, ended], [], [])[0]
+            if ended in ready:
+                os.read(ended, 4096)
+                self._reap()
+            if self.channel not in ready:
+                continue
             content, descriptors = received(self.channel)
             if not content:
                 return
@@ -119,6 +127,13 @@ class Launcher:
             finally:
                 for descriptor in descriptors:
                     os.close(descriptor)
+
+    def _reap(self) -> None:
+        """Tell how each child ended: a box's bubblewrap ends as its init did (128 and a signal's number)."""
+        with suppress(ChildProcessError):
+            while (found := os.waitpid(-1, os.WNOHANG))[0]:
+                status = os.waitstatus_to_exitcode(found[1])
+                self.channel.send(json.dumps({"ended": found[0], "status": status}).encode())
 
     def _answer(self, request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
         try:
@@ -267,7 +282,7 @@ def main() -> None:
     """Serve the socket whose number is the first argument."""
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's business
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how a child ended: none stays as a zombie
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # it wakes the loop
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.set_inheritable(False)
     Launcher(channel).serve()

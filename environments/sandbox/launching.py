@@ -20,6 +20,7 @@ from palaestra.environments.sandbox import cgroups, processes, seccomp
 from palaestra.gym.outcome import Cause, Failure
 
 SECONDS, VISIT_SECONDS = 15.0, 60.0
+STATUS_SECONDS = 2.0
 AT_ONCE = 8
 """Requests under way: the launcher serves one after the other, and more would not fit into its socket."""
 MESSAGE = 60_000
@@ -35,6 +36,8 @@ class Launching:
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._boxes: dict[int, asyncio.Future[int]] = {}
+        """By monitor: how the box's first process ended, once it has."""
         self._numbers = itertools.count()
         self._gate = asyncio.Semaphore(AT_ONCE)
         self._stage = STAGES / f"{STAGE}{os.getpid()}-{processes.started(os.getpid())}-{id(self):x}"
@@ -60,7 +63,19 @@ class Launching:
                 del self._waiting[number]
         if "error" in found:
             raise Failure(Cause.SANDBOX, f"native: {found['error']}")
+        self._boxes[found["monitor"]] = asyncio.get_running_loop().create_future()
         return found
+
+    async def status(self, monitor: int) -> int | None:
+        """How a box's first process ended: its exit status, 128 and the signal that killed it; None where that is not
+        known."""
+        with suppress(TimeoutError):
+            return await asyncio.wait_for(asyncio.shield(self._boxes[monitor]), STATUS_SECONDS)
+        return None
+
+    def forget(self, monitor: int) -> None:
+        """Nobody asks for this box any more."""
+        del self._boxes[monitor]
 
     async def visit(self, request: Mapping[str, Any], target: int, content: bytes) -> bytes:
         """What a visitor of a box (`target`: the handle of a process of it) answers to `content`.
@@ -117,6 +132,10 @@ class Launching:
                     future.set_result({"error": "the launcher ended"})
             return
         answer = json.loads(content)
+        if "ended" in answer:
+            if answer["ended"] in self._boxes:
+                self._boxes[answer["ended"]].set_result(answer["status"])
+            return
         asked = self._waiting.get(answer["id"])
         if asked is not None and not asked.done():
             asked.set_result(answer)

@@ -39,6 +39,8 @@ HOST_ETC = (
     "nsswitch.conf",
     "mime.types",
 )
+KILLED = (128 + signal.SIGKILL, -signal.SIGKILL)
+"""Statuses of an init, or of bubblewrap above it, that SIGKILL ended: only this machine can send them that."""
 MASKED = [part for name in ("cmdline", "keys") for part in ("--ro-bind-try", "/dev/null", f"/proc/{name}")]
 """Files of /proc that tell of the machine."""
 HOST_IMAGE = Image(Path("/"), Config(workdir="/work"))
@@ -82,7 +84,8 @@ class NativeBox:
         self.baseline: Mapping[str, Entry | None] = {}
         self.init: int = answer["pid"]
         self._handle = os.pidfd_open(self.init)
-        self._monitor = os.pidfd_open(answer["monitor"])
+        self._number: int = answer["monitor"]
+        self._monitor = os.pidfd_open(self._number)
         self._namespace = processes.namespace(self.init)
         self.shell = shell(self._stop)
 
@@ -91,15 +94,20 @@ class NativeBox:
         try:
             return await self.shell.exec(command, timeout)
         except Ended:
-            raise self._lost() from None
+            raise await self._lost() from None
 
-    def _lost(self) -> Exception:
-        """Why the box is gone: by its own doing, unless it was destroyed or its launcher has ended."""
+    async def _lost(self) -> Exception:
+        """Why the box is gone. From inside its init cannot be killed, only starved or broken: its own doing."""
         if self._destroyed:
             return Failure(Cause.SANDBOX, "native: the box has been destroyed")
         if not self._launcher.lives:
             return Failure(Cause.SANDBOX, "native: the launcher ended, and every box with it")
-        return Destroyed("the box ran out of memory" if self._group.killed() else "the box's first process was ended")
+        status = await self._launcher.status(self._number)
+        if self._group.killed():
+            return Destroyed("the box ran out of memory and was ended")
+        if status is None or status in KILLED:
+            return Failure(Cause.SANDBOX, f"native: the box was killed from outside (status {status})")
+        return Destroyed(f"the box's first process was brought to its end (status {status})")
 
     async def read(self, path: str) -> bytes:
         """See Box.read."""
@@ -134,7 +142,7 @@ class NativeBox:
 
     async def _visit(self, request: Mapping[str, Any], target: int, content: bytes = b"") -> bytes:
         if self._destroyed or not self._launcher.lives or processes.dead(self.init, self._namespace):
-            raise self._lost()
+            raise await self._lost()
         return await self._launcher.visit(request, target, content)
 
     def _stop(self, since: float) -> None:
@@ -152,6 +160,7 @@ class NativeBox:
             await _gone(self._handle)
         finally:
             self._group.remove()
+            self._launcher.forget(self._number)
             os.close(self._handle)
             os.close(self._monitor)
 
