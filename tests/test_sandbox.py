@@ -18,7 +18,7 @@ import pytest
 from boxes import IMAGES, ISOLATING, SMALL
 from typer.testing import CliRunner
 
-from palaestra.environments.sandbox import archives, cgroups, images, seccomp
+from palaestra.environments.sandbox import archives, cgroups, images, launching, seccomp
 from palaestra.environments.sandbox.backends import open_backend, refuse
 from palaestra.environments.sandbox.cli import app, limits_of
 from palaestra.gym.outcome import Failure
@@ -312,6 +312,33 @@ def test_what_a_killed_owner_left_is_swept(tmp_path):
     cgroups.sweep()
     assert not left.exists()
     assert not left.parent.exists()
+
+
+@pytest.mark.skipif("native" not in ISOLATING, reason="no native backend")
+def test_boxes_end_with_their_owner_however_it_ends():
+    code = """
+import asyncio, os, signal
+from palaestra.environments.sandbox.native import Native
+from palaestra.gym.sandbox import BoxLimits
+async def main():
+    native = Native()
+    boxes = [await native.create("host", BoxLimits()) for _ in range(3)]
+    for box in boxes:
+        await box.exec("setsid sleep 600 & sleep 0.1", 5)
+    print(*(box.init for box in boxes), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    inits = done.stdout.split()
+    assert len(inits) == 3, done.stderr
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{init}").exists() for init in inits):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    cgroups.sweep()
+    launching.sweep()
+    assert not list(Path("/tmp").glob(f"{launching.STAGE}*")) or os.geteuid()
 
 
 # -- commands

@@ -108,6 +108,7 @@ ATTEMPTS = [
     Attempt("new mount api", *refused(430, "b'tmpfs'", "0")),
     Attempt("kexec", *refused(246, "0", "0", "0", "0")),
     Attempt("module", *refused(313, "0", "b''", "0")),
+    Attempt("kernel log by a call", *refused(103, "3", "0", "0")),
     Attempt("clock", *refused(227, "0", "b'0' * 16")),
     Attempt("vsock", *refused(41, "40", "1", "0", by=(errno.EPERM, errno.EAFNOSUPPORT)), backends=("native",)),  # docker: its own filter lets it be made
     Attempt("another's limits", "prlimit --pid 1 --nproc=0:0 2>/dev/null && echo broke; true", backends=("native",)),

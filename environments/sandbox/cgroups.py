@@ -60,7 +60,7 @@ class Group:
         folder.parent.mkdir(exist_ok=True)
         if (folder.parent.parent / "cgroup.subtree_control").exists():
             for level in (folder.parent.parent, folder.parent):
-                (level / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in CONTROLLERS))
+                (level / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in parents()))
         folder.mkdir()
         self.folders.append(folder)
 
