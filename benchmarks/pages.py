@@ -121,5 +121,6 @@ def real_model(result: dict[str, Any]) -> str:
 if __name__ == "__main__":
     results = json.loads((RESULTS / "main.json").read_text())
     (ROOT / "docs" / "learning.md").write_text(learning(results))
-    (ROOT / "docs" / "real_model.md").write_text(real_model(results["9"]))
+    if "training" in results.get("9", {}).get("figures", {}):
+        (ROOT / "docs" / "real_model.md").write_text(real_model(results["9"]))
     shutil.copy(quickstart(0) / "curves.png", ROOT / "docs" / "curves.png")
