@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from bars import ROOT, Measured
+from safetensors.numpy import load_file
 
 COMMAND = Path(sys.executable).with_name("palaestra")
 FOLDERS = ("gym", "environments", "tasks", "kernels", "model", "rollout", "trainer")
@@ -202,8 +203,9 @@ def determinism() -> Measured:
 
 def _numbers(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
     """All that must be equal: metrics, held-out scores, weights."""
-    weights = (folder / "model" / "model.safetensors").read_bytes()
-    return rows(folder), read(folder, "scores.json"), hashlib.sha256(weights).hexdigest()
+    weights = load_file(folder / "model" / "model.safetensors")  # the file's header has its keys in no fixed order
+    parts = [name.encode() + weights[name].tobytes() for name in sorted(weights)]
+    return rows(folder), read(folder, "scores.json"), hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def _without_minutes() -> Path:
