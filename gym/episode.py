@@ -212,9 +212,10 @@ class _Run:
             return await guarded(what, Cause.ENVIRONMENT, self._bounds.judge, method, **wanted)
 
     async def _blame(self, judge: Judge, failure: Failure) -> None:
-        """The canary rule: a reply that twice killed a verifier which judges the canary well is scored 0."""
+        """The canary rule: a reply that twice killed a verifier which judges the canary well is scored 0. Of a lost box
+        the sandbox itself knows whose doing it was (gym/sandbox.py, Destroyed)."""
         cause = failure.cause
-        if cause in (Cause.VERIFIER, Cause.SANDBOX) and await canary(self._environment, self._bounds):
+        if cause is Cause.VERIFIER and await canary(self._environment, self._bounds):
             cause = Cause.POLICY_CRASH
         self._outcome = Outcome(cause=cause, detail=failure.detail)
         if cause is Cause.POLICY_CRASH:

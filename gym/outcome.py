@@ -61,3 +61,6 @@ class Failure(Exception):
         super().__init__(f"{cause.value}: {detail}")
         self.cause = cause
         self.detail = detail
+
+    def __reduce__(self) -> tuple[type[Failure], tuple[Cause, str]]:
+        return type(self), (self.cause, self.detail)

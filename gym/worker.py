@@ -1,11 +1,13 @@
 """Blocking judges in worker processes: `await worker(fn, *args, timeout=5)`.
 
 A worker is a plain subprocess that speaks length-prefixed pickles over a socket pair; it is killed, with its whole
-process group, when its deadline passes. `fn` travels by name: it must be a module-level function.
+process group, when its deadline passes. `fn` travels by name: it must be a module-level function. In mid-call it may
+ask its caller: see `answers`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import contextlib
 import importlib
@@ -21,7 +23,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import ModuleType
 from typing import Any
 
@@ -29,11 +31,25 @@ from palaestra.gym import threads
 from palaestra.gym.outcome import Cause, Failure
 
 START_SECONDS = 60.0
+_FOREVER = 1e9
 _HEADER = struct.Struct("<Q")
+
+Answers = Callable[[bytes], Awaitable[bytes]]
+"""What a caller answers to the question of its worker."""
+_Answer = Callable[[bytes, float], bytes]
+"""The same for a thread, which waits for it until a moment of the monotonic clock."""
 
 
 class WorkerDied(Exception):
     """The process ended before it answered."""
+
+
+class _Unanswered(Exception):
+    """The caller's answer is an exception."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 def _send(channel: socket.socket, value: object) -> None:
@@ -78,13 +94,20 @@ class _Worker:
             self.kill()
             raise WorkerDied from error
 
-    def call(self, job: tuple[Any, ...], timeout: float) -> tuple[bool, Any]:
+    def call(self, job: tuple[Any, ...], timeout: float, answer: _Answer | None) -> tuple[str, Any]:
+        """How the job ended (`returned` or `raised`), and with what."""
+        deadline = time.monotonic() + timeout
         try:
-            _send(self._channel, job)
+            _send(self._channel, (*job, answer is not None))
+            word, value = _receive(self._channel, deadline)
+            while word == "asks" and answer is not None:
+                _send(self._channel, answer(value, deadline))
+                word, value = _receive(self._channel, deadline)
+        except TimeoutError:
+            raise
         except OSError as error:
             raise WorkerDied from error
-        answer: tuple[bool, Any] = _receive(self._channel, time.monotonic() + timeout)
-        return answer
+        return word, value
 
     def kill(self) -> None:
         self._channel.close()
@@ -102,13 +125,13 @@ class _Workers:
         for _ in range(size):
             self._free.put(None)
 
-    def call(self, job: tuple[Any, ...], timeout: float) -> tuple[bool, Any]:
+    def call(self, job: tuple[Any, ...], timeout: float, answer: _Answer | None) -> tuple[str, Any]:
         worker = self._free.get(timeout=max(timeout, 1.0) * 100)
         try:
             if worker is None:
                 worker = _Worker()
                 self._live.add(worker)
-            return worker.call(job, timeout)
+            return worker.call(job, timeout, answer)
         except BaseException:
             if worker is not None:
                 self._live.discard(worker)
@@ -146,29 +169,52 @@ def shut() -> None:
             _workers = None
 
 
-def run(fn: Callable[..., Any], *args: Any, timeout: float) -> Any:
+def run(fn: Callable[..., Any], *args: Any, timeout: float, answer: _Answer | None = None) -> Any:
     """The blocking form of `worker`, for threads."""
     name = f"{fn.__module__}.{fn.__qualname__}"
     file = getattr(sys.modules.get(fn.__module__), "__file__", None)
     try:
-        good, value = _pool().call((fn.__module__, fn.__qualname__, file, args), timeout)
+        word, value = _pool().call((fn.__module__, fn.__qualname__, file, args), timeout, answer)
+    except _Unanswered as unanswered:
+        raise unanswered.error from None
     except TimeoutError as error:
         raise Failure(Cause.VERIFIER, f"worker {name} did not answer within {timeout:g} s") from error
     except (WorkerDied, queue.Empty) as error:
         raise Failure(Cause.VERIFIER, f"worker process died in {name}") from error
-    if good:
+    if word == "returned":
         return value
     raise value
 
 
-async def worker(fn: Callable[..., Any], *args: Any, timeout: float) -> Any:
+async def worker(fn: Callable[..., Any], *args: Any, timeout: float, answers: Answers | None = None) -> Any:
     """Run the module-level function `fn` in a worker process and return its result.
 
+    With `answers`, `fn` gets before `args` a function `ask(payload: bytes) -> bytes`: whatever it asks, `answers` is
+    awaited for, here, within the same `timeout`. An exception of `answers` ends the call and is raised here.
     Raises whatever `fn` raised; Failure(VERIFIER) when the process dies or does not answer within `timeout` seconds.
     """
     if "." in fn.__qualname__:
         raise TypeError(f"worker: {fn.__qualname__} must be a module-level function; move it to the module")
-    return await threads.call(run, fn, *args, timeout=timeout)
+    answer = None if answers is None else _from_thread(answers, asyncio.get_running_loop())
+    return await threads.call(run, fn, *args, timeout=timeout, answer=answer)
+
+
+def _from_thread(answers: Answers, loop: asyncio.AbstractEventLoop) -> _Answer:
+    async def awaited(payload: bytes) -> bytes:
+        try:
+            return await answers(payload)
+        except Exception as error:
+            raise _Unanswered(error) from error
+
+    def answer(payload: bytes, deadline: float) -> bytes:
+        future = asyncio.run_coroutine_threadsafe(awaited(payload), loop)
+        try:
+            return future.result(max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            future.cancel()
+            raise
+
+    return answer
 
 
 def _module(name: str, file: str | None) -> ModuleType:
@@ -198,12 +244,19 @@ def serve(descriptor: int) -> None:
     channel = socket.socket(fileno=descriptor)
     os.set_inheritable(descriptor, False)
     _send(channel, "ready")
+
+    def ask(payload: bytes) -> bytes:
+        _send(channel, ("asks", payload))
+        answer: bytes = _receive(channel, time.monotonic() + _FOREVER)
+        return answer
+
     while True:
         try:
-            module, name, file, args = _receive(channel, time.monotonic() + 1e9)
+            module, name, file, args, asking = _receive(channel, time.monotonic() + _FOREVER)
         except (WorkerDied, ConnectionError):
             return
         try:
-            _send(channel, (True, getattr(_module(module, file), name)(*args)))
+            fn = getattr(_module(module, file), name)
+            _send(channel, ("returned", fn(ask, *args) if asking else fn(*args)))
         except Exception as error:
-            _send(channel, (False, _portable(error)))
+            _send(channel, ("raised", _portable(error)))

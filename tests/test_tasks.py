@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 
 from palaestra.gym.types import Task
-from palaestra.tasks import real
+from palaestra.tasks import code, pipelines, real
 from palaestra.tasks.code import functions
 from palaestra.tasks.math import word_problems
 from palaestra.tasks.search import lookups
@@ -30,7 +30,10 @@ def test_benchmarks_are_not_trained_on() -> None:
     assert not any(task.source.trainable for task in [*real.humaneval(), *real.hotpotqa()])
 
 
-@pytest.mark.parametrize("make", [word_problems, functions, lookups])
+CODE = [code.programs, code.gaps, code.predictions, code.repairs, code.suites]
+
+
+@pytest.mark.parametrize("make", [word_problems, functions, lookups, *CODE])
 def test_splits_are_disjoint_and_keys_find_their_tasks(make) -> None:  # type: ignore[no-untyped-def]
     tasks = make((2, 3))
     train, held = (list(islice(tasks(split, 1), 200)) for split in ("train", "held-out"))
@@ -38,3 +41,14 @@ def test_splits_are_disjoint_and_keys_find_their_tasks(make) -> None:  # type: i
     assert not {content(task) for task in train} & {content(task) for task in held}
     assert all(tasks.get(task.key) == task for task in train)
     assert len({content(task) for task in train}) > 190
+
+
+def test_pipelines_of_the_first_level_are_more_than_a_million():
+    of_a_step = sum(high - low + 1 for *_, (low, high) in pipelines.STEPS)
+    assert of_a_step**2 * len(pipelines.RESULTS) > 10**6
+    assert of_a_step**2 * len(code.PRINTED) * len(code.READ) > 10**6
+
+
+@pytest.mark.parametrize("make", CODE)
+def test_prompts_of_pipelines_seldom_repeat(make):
+    assert len({task.prompt for task in islice(make((1,))("train", 0), 400)}) > 380
