@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from palaestra.environments import harbor_export
 from palaestra.environments import terminal_state as state
-from palaestra.environments.sandbox.backends import Backend, open_backend
+from palaestra.environments.sandbox.backends import Backend, lacks, open_backend
 from palaestra.gym.environment import Environment, ToolError, metric, reward, tool
 from palaestra.gym.outcome import Cause, Failure
 from palaestra.gym.sandbox import Box, BoxLimits, Capabilities, Destroyed, Entry
@@ -54,6 +54,11 @@ class Terminal(Environment):
     def task_set(cls, config: Any) -> Any:
         """Generated tasks."""
         return shell_tasks(config.levels, config.families)
+
+    @classmethod
+    async def lacks(cls, config: Any) -> str:
+        """A sandbox, perhaps."""
+        return await lacks(config.backend, NEEDS, config.image, config.limits)
 
     @classmethod
     async def open(cls, config: Any) -> Backend:

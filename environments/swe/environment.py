@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from palaestra.environments.sandbox.backends import Backend, open_backend
+from palaestra.environments.sandbox.backends import Backend, lacks, open_backend
 from palaestra.environments.swe.build import build_all
 from palaestra.environments.swe.repository import repository, whole
 from palaestra.environments.swe.tests_run import REPO, placed
@@ -75,6 +75,11 @@ class Swe(Environment):
             return await build_all(backend, count, folder or shipped(), seed, say)
         finally:
             await backend.close()
+
+    @classmethod
+    async def lacks(cls, config: Any) -> str:
+        """A sandbox, perhaps."""
+        return await lacks(config.backend, NEEDS, config.image, config.limits)
 
     @classmethod
     async def open(cls, config: Any) -> Backend:
