@@ -285,7 +285,8 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)  # it wakes the loop
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.set_inheritable(False)
-    Launcher(channel).serve()
+    with suppress(ConnectionError):  # the owner has gone, and did not read everything
+        Launcher(channel).serve()
 
 
 if __name__ == "__main__":
