@@ -215,8 +215,7 @@ class Swe(Environment):
         broken = repository(task.data).files
         changed = [path for path in clean if clean[path] != broken.get(path)]
         commands = [
-            f"cat > {shlex.quote(f'{REPO}/{path}')} <<'END_OF_FILE'\n{clean[path].decode()}END_OF_FILE"
-            for path in changed
+            f"printf %s {shlex.quote(clean[path].decode())} > {shlex.quote(f'{REPO}/{path}')}" for path in changed
         ]
         calls = [ToolCall(id="", name="bash", arguments=json.dumps({"command": command})) for command in commands]
         messages = [Message(role="assistant", tool_calls=(call,)) for call in calls]
