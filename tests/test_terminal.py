@@ -48,7 +48,7 @@ async def earned(backend, task, *commands):
     ]
     policy = Replay([*calls, Message(role="assistant", content="done")]) if commands else Null()
     episode = await run_episode(Terminal(Terminal.Config(), backend), Loop(), {"main": policy}, task, Sampling(), "id")
-    assert episode.outcome.cause is Cause.OK, episode.outcome
+    assert episode.outcome.cause in (Cause.OK, Cause.POLICY_CRASH), episode.outcome
     return episode.result.value
 
 
@@ -115,7 +115,7 @@ async def test_a_box_that_its_own_commands_ended_is_scored(backend):
     calls = [ToolCall(id="", name="bash", arguments=_json("head -c 150M /dev/zero > /work/fill"))] * 3
     policy = Replay([*(Message(role="assistant", tool_calls=(call,)) for call in calls), Message(role="assistant")])
     episode = await run_episode(Terminal(config, backend), Loop(), {"main": policy}, task, Sampling(), "id")
-    assert episode.outcome.cause is Cause.OK
+    assert episode.outcome.cause is Cause.POLICY_CRASH
     assert episode.result.value == 0
 
 

@@ -21,7 +21,7 @@ from palaestra.environments.swe.verify import repair, repaired
 from palaestra.environments.terminal import shown
 from palaestra.gym.environment import Environment, Progress, ToolError, metric, reward, tool
 from palaestra.gym.outcome import Cause, Failure
-from palaestra.gym.sandbox import Box, BoxLimits, Capabilities, Destroyed
+from palaestra.gym.sandbox import Box, BoxLimits, Capabilities
 from palaestra.gym.tasksets import split_of
 from palaestra.gym.types import Message, Source, Task, ToolCall
 from palaestra.tasks.repair import exercism, quixbugs
@@ -58,7 +58,7 @@ class Swe(Environment):
         limits: BoxLimits = LIMITS
 
     _box: Box | None = None
-    _lost = False
+    _changed = 0
 
     @classmethod
     def task_set(cls, config: Any) -> Any:
@@ -117,7 +117,8 @@ class Swe(Environment):
     @tool
     async def bash(self, command: str) -> str:
         """Run a command in the shell, which begins in /work/repo."""
-        done = await self._exec(command)
+        assert self._box is not None
+        done = await self._box.exec(command, self.config.seconds)
         text = shown(done.output, self.config.shown)
         if done.timed_out:
             return f"{text}\n[stopped after {self.config.seconds:g} s]"
@@ -152,14 +153,6 @@ class Swe(Environment):
         """Hand the repository in as it is now. This ends the task."""
         return "submitted"
 
-    async def _exec(self, command: str) -> Any:
-        assert self._box is not None
-        try:
-            return await self._box.exec(command, self.config.seconds)
-        except Destroyed as error:
-            self._lost = True
-            raise ToolError(str(error)) from None
-
     async def _read(self, path: str) -> str:
         assert self._box is not None
         try:
@@ -173,9 +166,9 @@ class Swe(Environment):
         return float(not await self._problem(task))
 
     @metric
-    async def changed(self, task: Task) -> float:
+    def changed(self) -> float:
         """How many source files were changed."""
-        return float(len((await self._repair()).taken)) if self._box is not None and not self._lost else 0.0
+        return float(self._changed)
 
     async def _repair(self) -> Any:
         assert self._box is not None
@@ -184,12 +177,11 @@ class Swe(Environment):
         return repair(self._repo, {**gone, **{p: e for p, e in after.items() if self._baseline.get(p, 0) != e}})
 
     async def _problem(self, task: Task) -> str:
-        if self._lost:
-            return "the box is gone"
         try:
             made = await self._repair()
         except OSError as error:
             return str(error)
+        self._changed = len(made.taken)
         if not made.taken:
             return "no source file was changed"
         box = await self._fresh()
