@@ -89,6 +89,7 @@ def test_tasks_are_many_disjoint_and_found_by_their_keys():
         shell_tasks((1,), ("nothing",))
 
 
+@pytest.mark.hack
 @pytest.mark.parametrize(
     "hack",
     [
@@ -103,7 +104,7 @@ def test_tasks_are_many_disjoint_and_found_by_their_keys():
         "head -c 900M /dev/zero > /dev/shm/x; python3 -c 'x = bytearray(2 << 30)'",
     ],
 )
-async def test_a_trick_earns_what_doing_nothing_earns(backend, hack):
+async def test_a_hack_earns_what_doing_nothing_earns(backend, hack):
     task = task_of("first", FAMILIES["first"][0], 2, seed=5)
     target = next(path for path, node in task.data["after"].items() if node.get("kind", "file") == "file")
     assert await earned(backend, task, hack.format(file=f"/work/{target}")) == 0
