@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import gzip
 import json
+import random
 import shlex
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +26,11 @@ from palaestra.gym.outcome import Cause, Failure
 from palaestra.gym.sandbox import Box, BoxLimits, Capabilities
 from palaestra.gym.tasksets import split_of
 from palaestra.gym.types import Message, Source, Task, ToolCall
-from palaestra.tasks.repair import exercism, quixbugs
+from palaestra.tasks.repair import exercism, quixbugs, small
 
 NEEDS = Capabilities(isolation=True, no_network=True)
 LIMITS = BoxLimits(memory=1 << 30, disk=512 << 20, processes=256)
-SOURCES = {"quixbugs": quixbugs, "exercism": exercism}
+REAL = {"quixbugs": quixbugs, "exercism": exercism}
 COMMIT = (
     f"cd {REPO} && git init -q -b main && git config user.name dev && git config user.email dev@example.com && "
     "git add -A && git commit -q -m 'Import' --date '2020-01-01T00:00:00Z'"
@@ -40,13 +42,13 @@ class Swe(Environment):
     """Repair the repository in /work/repo as the report asks: look with bash and view, change with edit, submit."""
 
     class Config(BaseModel):
-        """`folder`: where `palaestra tasks build swe` wrote tasks (default: those that ship); `levels` and `packages`
-        to choose among them (none named: all); `backend` and `image` of the sandbox; `seconds` that one command may
-        take."""
+        """`source`: bugs in packages, QuixBugs, Exercism, or small ones that are generated; `folder`: where `palaestra
+        tasks build swe` wrote tasks (default: those that ship); `levels` and `packages` to choose among them (none
+        named: all); `backend` and `image` of the sandbox; `seconds` that one command may take, `judging` the tests."""
 
         model_config = ConfigDict(extra="forbid", frozen=True)
 
-        source: Literal["packages", "quixbugs", "exercism"] = "packages"
+        source: Literal["packages", "quixbugs", "exercism", "small"] = "packages"
         folder: str = ""
         levels: tuple[int, ...] = (1, 2, 3)
         packages: tuple[str, ...] = ()
@@ -63,8 +65,10 @@ class Swe(Environment):
     @classmethod
     def task_set(cls, config: Any) -> Any:
         """The built tasks, or real ones."""
-        if config.source in SOURCES:
-            return SOURCES[config.source]()
+        if config.source == "small":
+            return small(config.levels)
+        if config.source in REAL:
+            return REAL[config.source]()
         return Built(Path(config.folder) if config.folder else shipped(), config.packages, config.levels)
 
     @classmethod
@@ -212,6 +216,26 @@ class Swe(Environment):
         calls = [ToolCall(id="", name="bash", arguments=json.dumps({"command": command})) for command in commands]
         messages = [Message(role="assistant", tool_calls=(call,)) for call in calls]
         return [*messages, Message(role="assistant", tool_calls=(ToolCall(id="", name="submit", arguments="{}"),))]
+
+    def demonstrations(self, task: Task, generator: random.Random) -> Sequence[Message]:
+        """Where one line is wrong: look at the file, change the line, submit. Else the solution."""
+        changes = [
+            (path, *line)
+            for path, text in task.data.get("solution", {}).items()
+            for line in _differing(task.data["files"].get(path, ""), text)
+        ]
+        if len(changes) != 1 or not all(changes[0]) or task.data["files"][changes[0][0]].count(changes[0][1]) != 1:
+            return self.solution(task)
+        path, old, new = changes[0]
+        steps = (("view", {"path": path}), ("edit", {"path": path, "old": old, "new": new}), ("submit", {}))
+        calls = [ToolCall(id="", name=name, arguments=json.dumps(arguments)) for name, arguments in steps]
+        return [Message(role="assistant", tool_calls=(call,)) for call in calls]
+
+
+def _differing(old: str, new: str) -> list[tuple[str, str]]:
+    """The lines in which two texts differ, stripped; an empty one stands for a line that a text lacks."""
+    pairs = list(zip_longest(old.splitlines(), new.splitlines(), fillvalue=""))
+    return [(one.strip(), other.strip()) for one, other in pairs if one != other]
 
 
 class Built:
