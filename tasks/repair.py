@@ -79,7 +79,7 @@ def _tests(row: Mapping[str, Any]) -> str:
     name = row["name"]
     rest = row["pytest"].partition("testdata = load_json_testcases(")[2].partition("\n")[2]
     head = f"import pytest\nfrom {name} import {name}\n\ntestdata = {row['json_tests']!r}\n"
-    return head + rest.replace("pytest.run_slow", "False")
+    return head + str(rest).replace("pytest.run_slow", "False")
 
 
 @functools.lru_cache(maxsize=1)

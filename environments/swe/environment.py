@@ -227,7 +227,11 @@ class Swe(Environment):
         if len(changes) != 1 or not all(changes[0]) or task.data["files"][changes[0][0]].count(changes[0][1]) != 1:
             return self.solution(task)
         path, old, new = changes[0]
-        steps = (("view", {"path": path}), ("edit", {"path": path, "old": old, "new": new}), ("submit", {}))
+        steps: Sequence[tuple[str, dict[str, str]]] = (
+            ("view", {"path": path}),
+            ("edit", {"path": path, "old": old, "new": new}),
+            ("submit", {}),
+        )
         calls = [ToolCall(id="", name=name, arguments=json.dumps(arguments)) for name, arguments in steps]
         return [Message(role="assistant", tool_calls=(call,)) for call in calls]
 
