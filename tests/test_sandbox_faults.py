@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import tempfile
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -119,7 +120,7 @@ async def test_a_full_disk_of_this_machine_leaves_episodes_unscored_until_there_
 @pytest.mark.timeout(300)
 async def test_a_daemon_that_is_stopped_in_mid_run_costs_no_score(tmp_path, monkeypatch, record_property):
     relay = Relay(tmp_path / "docker.sock")
-    await relay.start()
+    relay.start()
     monkeypatch.setenv("DOCKER_HOST", f"unix://{relay.path}")
     config = {**EASY, "backend": "docker", "image": "palaestra/base"}
     rows: list[Row] = []
@@ -127,9 +128,9 @@ async def test_a_daemon_that_is_stopped_in_mid_run_costs_no_score(tmp_path, monk
     async def stop_for_a_while() -> None:
         while len(list_rows(tmp_path)) < 6:
             await asyncio.sleep(0.05)
-        await relay.stop()
+        relay.stop()
         await asyncio.sleep(3)
-        await relay.start()
+        relay.start()
 
     try:
         stopping = asyncio.create_task(stop_for_a_while())
@@ -137,7 +138,7 @@ async def test_a_daemon_that_is_stopped_in_mid_run_costs_no_score(tmp_path, monk
         await stopping
         again = await evaluate(contest("terminal", config, 40), tmp_path)
     finally:
-        await relay.stop()
+        relay.stop()
     record_property("outcomes", json.dumps(outcomes(rows)))
     record_property("after the same command again", json.dumps(outcomes(again)))
     assert {row.outcome for row in rows} <= {Cause.OK, Cause.SANDBOX}
@@ -152,19 +153,27 @@ def list_rows(folder: Path) -> list[str]:
 
 
 class Relay:
-    """A socket before the daemon's that can be taken away as if the daemon had ended."""
+    """A socket before the daemon's that can be taken away as if the daemon had ended. Lives in a thread of its own."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._daemon = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock").removeprefix("unix://")
         self._peers: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self.cut = 0
 
-    async def start(self) -> None:
+    def start(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result(10)
+
+    def stop(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(10)
+
+    async def _start(self) -> None:
         self._server = await asyncio.start_unix_server(self._serve, self.path)
 
-    async def stop(self) -> None:
+    async def _stop(self) -> None:
         if self._server is None:
             return
         self._server.close()
