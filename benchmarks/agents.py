@@ -10,13 +10,14 @@ from cases import measured
 from learning import COMMAND, fingerprint
 from real_model import fetched
 
+SCRIPT = "tests/test_agents.py::test_an_openai_script_is_judged_by_what_it_leaves_in_the_box"
 TASKS = 20
 SECONDS = 6 * 3600
 
 
 def real_agents() -> Measured:
     """Both."""
-    script = measured({"openai script": "tests/test_agents.py::test_an_openai_script_is_judged_by_what_it_leaves_in_the_box"})  # fmt: skip
+    script = measured({"openai script": SCRIPT})
     out = ROOT / "runs" / "bars" / fingerprint() / "smollm2-boxes"
     command = [str(COMMAND), "eval", "--policy", f"transformers:{fetched()}", "--env", "terminal", "--env", "swe",
                "--tasks", str(TASKS), "--split", "train", "--temperature", "0", "--max-tokens", "128",
