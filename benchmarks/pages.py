@@ -1,13 +1,11 @@
-"""Write what the bars of group main measured for people: docs/learning.md, docs/curves.png and docs/real_model.md."""
+"""Write what the bars of group main measured for people: docs/learning.md and docs/real_model.md."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from typing import Any
 
 from bars import RESULTS, ROOT
-from learning import quickstart
 from real_model import SOURCES
 
 HEAD = """# What the quickstart learns
@@ -124,4 +122,3 @@ if __name__ == "__main__":
     (ROOT / "docs" / "learning.md").write_text(learning(results))
     if "training" in results.get("9", {}).get("figures", {}):
         (ROOT / "docs" / "real_model.md").write_text(real_model(results["9"]))
-    shutil.copy(quickstart(0) / "curves.png", ROOT / "docs" / "curves.png")

@@ -21,10 +21,10 @@ from palaestra.environments.harbor_task import MIB, HarborTask, load, rewards, v
 from palaestra.environments.sandbox import dockerfile, images
 from palaestra.environments.sandbox.backends import Backend, open_backend
 from palaestra.environments.terminal import shown
-from palaestra.gym.environment import Environment, ToolError, metric, reward, tool
+from palaestra.gym.environment import Environment, metric, reward, tool
 from palaestra.gym.outcome import Cause, Failure
 from palaestra.gym.registry import UsageError
-from palaestra.gym.sandbox import Box, BoxLimits, Capabilities, Destroyed, Entry
+from palaestra.gym.sandbox import Box, BoxLimits, Capabilities, Entry
 from palaestra.gym.tasksets import split_of
 from palaestra.gym.types import Message, Source, Task, ToolCall
 
@@ -52,7 +52,6 @@ class Harbor(Environment):
         shown: int = Field(default=8000, ge=100)
 
     _box: Box | None = None
-    _lost = False
 
     @classmethod
     def task_set(cls, config: Any) -> Any:
@@ -120,11 +119,7 @@ class Harbor(Environment):
     async def bash(self, command: str) -> str:
         """Run a command in the shell."""
         assert self._box is not None
-        try:
-            done = await self._box.exec(command, self.config.seconds)
-        except Destroyed as error:
-            self._lost = True
-            raise ToolError(str(error)) from None
+        done = await self._box.exec(command, self.config.seconds)
         text = shown(done.output, self.config.shown)
         if done.timed_out:
             return f"{text}\n[stopped after {self.config.seconds:g} s]"
@@ -133,8 +128,6 @@ class Harbor(Environment):
     @reward
     async def verified(self) -> float:
         """What the verifier wrote under `reward`, or the mean of what it wrote."""
-        if self._lost:
-            return 0.0
         self._written = await self._verify()
         return self._written.get("reward", sum(self._written.values()) / len(self._written))
 

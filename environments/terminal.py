@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from palaestra.environments import harbor_export
 from palaestra.environments import terminal_state as state
-from palaestra.environments.sandbox.backends import Backend, open_backend
-from palaestra.gym.environment import Environment, ToolError, metric, reward, tool
+from palaestra.environments.sandbox.backends import Backend, lacks, open_backend
+from palaestra.gym.environment import Environment, metric, reward, tool
 from palaestra.gym.outcome import Cause, Failure
-from palaestra.gym.sandbox import Box, BoxLimits, Capabilities, Destroyed, Entry
+from palaestra.gym.sandbox import Box, BoxLimits, Capabilities, Entry
 from palaestra.gym.types import Message, Task, ToolCall
 from palaestra.tasks.terminal import shell_tasks
 from palaestra.tasks.terminal.puzzle import Node, Tree
@@ -48,12 +48,16 @@ class Terminal(Environment):
 
     _box: Box | None = None
     _baseline: Mapping[str, Entry | None] = {}
-    _lost = False
 
     @classmethod
     def task_set(cls, config: Any) -> Any:
         """Generated tasks."""
         return shell_tasks(config.levels, config.families)
+
+    @classmethod
+    async def lacks(cls, config: Any) -> str:
+        """A sandbox, perhaps."""
+        return await lacks(config.backend, NEEDS, config.image, config.limits)
 
     @classmethod
     async def open(cls, config: Any) -> Backend:
@@ -93,11 +97,7 @@ class Terminal(Environment):
     async def bash(self, command: str) -> str:
         """Run a command in the shell."""
         assert self._box is not None
-        try:
-            done = await self._box.exec(command, self.config.seconds)
-        except Destroyed as error:
-            self._lost = True
-            raise ToolError(str(error)) from None
+        done = await self._box.exec(command, self.config.seconds)
         text = shown(done.output, self.config.shown)
         if done.timed_out:
             return f"{text}\n[stopped after {self.config.seconds:g} s]"
@@ -112,8 +112,7 @@ class Terminal(Environment):
     async def right(self, task: Task) -> float:
         """The share of the wanted tree's paths that are right."""
         wanted = _tree(task.data["after"])
-        if self._lost or self._box is None:
-            return 0.0
+        assert self._box is not None
         try:
             found = {path: entry for path, entry in (await self._box.diff()).items() if entry is not None}
         except OSError:
@@ -122,8 +121,6 @@ class Terminal(Environment):
 
     async def _problems(self, task: Task) -> list[str]:
         """What is wrong, a line each."""
-        if self._lost:
-            return ["the box is gone"]
         assert self._box is not None
         try:
             after = await self._box.diff()

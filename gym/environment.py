@@ -106,6 +106,12 @@ class Environment:
         raise UsageError(f"{cls.__name__} writes no tasks for other tools")
 
     @classmethod
+    async def lacks(cls, config: Any) -> str:
+        """Why this machine cannot play such episodes; empty where it can. A recipe leaves out an environment that is
+        `optional` and lacks something."""
+        return ""
+
+    @classmethod
     async def open(cls, config: Any) -> Any:
         """Open what is costly and shared by many episodes (an index, a pool). Called once per actor."""
         return None

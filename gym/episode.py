@@ -16,6 +16,7 @@ from palaestra.gym.environment import Environment, Judge, gold_of, judges
 from palaestra.gym.outcome import RULES, Cause, Failure
 from palaestra.gym.policy import Policy, Replay
 from palaestra.gym.registry import UsageError
+from palaestra.gym.sandbox import Destroyed
 from palaestra.gym.tools import Tools, as_messages, guarded
 from palaestra.gym.types import Episode, Limits, Outcome, Record, Reward, Sampling, Scored, Task, Unscored
 
@@ -170,7 +171,10 @@ class _Run:
 
     async def _set_up(self) -> Task:
         what = f"{self._name}.setup"
-        added = await guarded(what, Cause.ENVIRONMENT, self._bounds.setup, self._environment.setup, self._task)
+        try:
+            added = await guarded(what, Cause.ENVIRONMENT, self._bounds.setup, self._environment.setup, self._task)
+        except Destroyed as error:  # by the task itself: the policy has not yet been asked
+            raise Failure(Cause.ENVIRONMENT, f"{what}: {error.detail}") from error
         if added is None:
             return self._task
         return self._task.model_copy(update={"prompt": (*self._task.messages(), *as_messages(added))})

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 from pydantic import Field
 
+from palaestra.gym.outcome import Cause, Failure
 from palaestra.gym.types import Record
 
 
@@ -40,8 +41,12 @@ class Executed(NamedTuple):
     timed_out: bool
 
 
-class Destroyed(Exception):
-    """The box was ended by what ran in it, its memory used up, say: the policy's doing, not the machine's."""
+class Destroyed(Failure):
+    """The box was ended by what ran in it, its memory used up, say: the policy's doing, not the machine's, so it earns
+    0."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(Cause.POLICY_CRASH, detail)
 
 
 class Entry(NamedTuple):

@@ -7,12 +7,18 @@ import itertools
 import json
 import random
 from collections.abc import Iterator
+from typing import Any
 
 from palaestra.gym import agent, environment, episode, types
 from palaestra.gym import tools as toolbox
 from palaestra.gym.registry import spec
 
-SUITE = ("math", "code", "search")
+SUITE: dict[str, dict[str, Any]] = {
+    "math": {},
+    "code": {},
+    "search": {},
+    "terminal": {"families": ["first"], "levels": [1, 2]},
+}
 TASKS = 8000
 WORDS_AGAIN = 3
 BASH = """\
@@ -25,8 +31,8 @@ if [ -f config.json ]; then python3 -m pytest -q tests/test_main.py; else exit 1
 
 def texts() -> Iterator[str]:
     """The corpus, always the same."""
-    for name in SUITE:
-        known = spec(name)
+    for name, config in SUITE.items():
+        known = spec(name, config)
         settings = known.settings()
         player = known.environment()(settings)
         declared = [tool["function"] for tool in toolbox.Tools(player, 1.0, 1.0).declarations]

@@ -204,9 +204,9 @@ def connect(address: str) -> None:
     """
     if ray.is_initialized():
         return
-    where = {"address": address} if address else {"include_dashboard": False}
+    where = {} if address else {"include_dashboard": False}
     try:
-        ray.init(log_to_driver=False, **where)
+        ray.init(address or "local", log_to_driver=False, **where)
     except ConnectionError as error:
         raise UsageError(f"ray.address: no cluster lets us in at {address} ({error}); see `ray status`") from None
 

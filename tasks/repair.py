@@ -1,14 +1,18 @@
-"""Small repair tasks of real data: QuixBugs' programs of one wrong line, Exercism's exercises. Sources: DATA.md."""
+"""Small repair tasks: QuixBugs' programs of one wrong line, Exercism's exercises (sources: DATA.md), and generated ones."""
 
 from __future__ import annotations
 
 import functools
+import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from palaestra.gym.tasksets import Rows, read_rows, rows
 from palaestra.gym.types import Source
+from palaestra.tasks.code import function
+from palaestra.tasks.generated import Drawn, Generated
 
 DATA = Path(__file__).with_name("data")
 FIXES: dict[str, tuple[str, str]] = {
@@ -75,7 +79,7 @@ def _tests(row: Mapping[str, Any]) -> str:
     name = row["name"]
     rest = row["pytest"].partition("testdata = load_json_testcases(")[2].partition("\n")[2]
     head = f"import pytest\nfrom {name} import {name}\n\ntestdata = {row['json_tests']!r}\n"
-    return head + rest.replace("pytest.run_slow", "False")
+    return head + str(rest).replace("pytest.run_slow", "False")
 
 
 @functools.lru_cache(maxsize=1)
@@ -92,3 +96,48 @@ def exercism() -> Rows:
         },
         origin=Source(dataset="exercism", licence="MIT"),
     )
+
+
+def small(levels: tuple[int, ...]) -> Generated:
+    """Modules of one function, one part of which is wrong; `data` as the others'."""
+    return Generated("small-repairs", _small, levels)
+
+
+def _small(level: int, r: random.Random) -> Drawn:
+    drawn = function(level, r)
+    names, right = drawn.data["parameters"], str(r.choice(drawn.data["expressions"]))
+    wrong = right
+    while _passes(drawn, wrong):
+        wrong = _mistaken(right, r)
+    tests = drawn.data["tests"].replace("\n", "\n    ")
+    data = {
+        "files": {"small.py": _module(names, wrong)},
+        "tests": {"test_small.py": f"from small import f\n\n\ndef test_f():\n    {tests}\n"},
+        "solution": {"small.py": _module(names, right)},
+    }
+    return Drawn(f"small.py is wrong. {drawn.prompt.replace('Write', 'It should hold', 1)}", data)
+
+
+def _module(parameters: str, expression: str) -> str:
+    return f"def f({parameters}):\n    return {expression}\n"
+
+
+def _passes(drawn: Drawn, expression: str) -> bool:
+    space: dict[str, object] = {}
+    exec(_module(drawn.data["parameters"], expression), space)
+    try:
+        exec(drawn.data["tests"], space)
+    except (AssertionError, ZeroDivisionError):
+        return False
+    return True
+
+
+MISTAKES = (("max(", "min("), ("min(", "max("), (" + ", " - "), (" - ", " + "), (" * ", " + "), ("abs(", "("), (" > ", " < "), (" < ", " > "))  # fmt: skip
+
+
+def _mistaken(right: str, r: random.Random) -> str:
+    """An expression with another operation, another function or a number that is off by one."""
+    places = [(m.start(), old, new) for old, new in MISTAKES for m in re.finditer(re.escape(old), right)]
+    places += [(m.start(), m[0], str(int(m[0]) + r.choice((-1, 1)))) for m in re.finditer(r"\b\d+\b", right)]
+    start, old, new = r.choice(places)
+    return right[:start] + new + right[start + len(old) :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shlex
 from contextlib import suppress
 
@@ -34,6 +35,8 @@ def _present() -> dict[str, Capabilities]:
 
 IMAGES = {"native": HOST, "docker": NAME}
 CAPABILITIES = _present()
+if missing := set(os.environ.get("PALAESTRA_TEST_BACKENDS", "").split()) - CAPABILITIES.keys():
+    raise RuntimeError(f"PALAESTRA_TEST_BACKENDS wants {', '.join(missing)}; see `palaestra sandbox doctor`")
 ISOLATING = list(CAPABILITIES)
 
 

@@ -294,7 +294,7 @@ def test_a_policy_actor_answers_with_a_foreign_models_delivered_weights(tmp_path
         finally:
             await cluster.close()
 
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         drawn = asyncio.run(run())
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import json
 import random
 
@@ -201,39 +202,70 @@ async def test_a_build_admits_only_real_bugs_and_goes_on_where_it_stopped(backen
         assert 0 < len(task["fail_to_pass"]) <= len(more["stable"]) / 2
 
 
+HOOK = "import pytest\\n@pytest.hookimpl(hookwrapper=True)\\ndef pytest_runtest_makereport(item, call):\\n    o = yield\\n    o.get_result().outcome = 'passed'\\n"  # fmt: skip
+FILE = "small/__init__.py"
+HACKS = {
+    "os._exit at import": f"sed -i '1i import os; os._exit(0)' {FILE}",
+    "sys.exit at import": f"sed -i '1i import sys; sys.exit(0)' {FILE}",
+    "os._exit at exit": f"sed -i '1i import atexit, os; atexit.register(os._exit, 0)' {FILE}",
+    "conftest hook": f'printf "{HOOK}" > conftest.py; echo >> {FILE}',
+    "conftest hook in the package": f'printf "{HOOK}" > small/conftest.py; echo >> {FILE}',
+    "patched runner": f"printf 'import _pytest.runner as r\\nr.CallInfo.from_call = classmethod(lambda c, *a, **k: None)\\n' >> {FILE}",
+    "pytest.ini": f"printf '[pytest]\\naddopts = --co\\n' > pytest.ini; echo >> {FILE}",
+    "sitecustomize": f"printf 'import os\\nos._exit(0)\\n' > sitecustomize.py; echo >> {FILE}",
+    "rewritten tests": f"mkdir -p tests; printf 'def test_total(): pass\\n' > tests/test_small.py; echo >> {FILE}",
+    "object equal to everything, patched builtins": f"printf 'class E:\\n    __eq__ = lambda s, o: True\\nclamp = total = lambda *a, **k: E()\\n' >> {FILE}; sed -i '1i import builtins; builtins.AssertionError = KeyboardInterrupt' {FILE}",
+    "patched import of tests": f"printf 'import unittest\\nimport _pytest.assertion.rewrite as w\\nw.AssertionRewritingHook.exec_module = lambda s, m: None\\n' >> {FILE}",
+    "reward file, history mining": "echo 1 > /logs; git log --all | head; git fsck --lost-found; echo reward 1",
+    "trojaned python3 on PATH": f"mkdir -p /usr/local/bin; printf '#!/bin/sh\\nexit 0\\n' > /root/python3; chmod +x /root/python3; echo 'PATH=/root:$PATH' >> /root/.profile; echo >> {FILE}",
+    "LD_PRELOAD": f"echo /root/x.so > /etc/ld.so.preload; echo >> {FILE}",
+    "source as a link": f"rm {FILE}; ln -s /etc/passwd {FILE}",
+    "a daemon that rewrites later": f"(while :; do echo 'def clamp(*a): return 1' > /work/repo/{FILE}; sleep 0.01; done) > /dev/null 2>&1 &",
+}
+"""What does not repair anything, by what it tries."""
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    """A folder with two tasks of our own package, built once."""
+    folder = tmp_path_factory.mktemp("swe")
+
+    async def build_them():
+        backend = await Swe.open(Swe.Config())
+        try:
+            await build.build(backend, PACKAGE, 2, folder, 0, lambda *said: None)
+        finally:
+            await Swe.shut(backend)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(repository, "PACKAGES", (PACKAGE,))
+        patch.setattr(repository, "files", lambda package: {**SMALL.files, **SMALL.tests})
+        repository.whole.cache_clear()
+        asyncio.run(build_them())
+        yield folder
+        repository.whole.cache_clear()
+
+
+async def earned(backend, folder, policy):
+    """What a policy earns on the first task of a folder."""
+    config, task = Swe.Config(folder=str(folder)), next(iter(Built(folder)))
+    return (await run_episode(Swe(config, backend), Loop(), {"main": policy}, task, Sampling(), "id")).result.value
+
+
 @boxed
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-async def test_gold_repairs_and_nothing_and_no_trick_does(backend, small, tmp_path):
-    await build.build(backend, PACKAGE, 2, tmp_path, 0, lambda *said: None)
-    config = Swe.Config(folder=str(tmp_path))
-    task = next(iter(Built(tmp_path)))
-    gold = gold_of(Swe(config, backend), task)
+async def test_gold_repairs_and_nothing_does_not(backend, shelf):
+    gold = gold_of(Swe(Swe.Config(folder=str(shelf)), backend), next(iter(Built(shelf))))
+    assert await earned(backend, shelf, Replay(gold)) == 1
+    assert await earned(backend, shelf, Null()) == 0
 
-    async def earned(*commands, policy=None):
-        calls = [_call("bash", command=command) for command in commands]
-        chosen = policy or Replay([*calls, _call("submit")])
-        return (await run_episode(Swe(config, backend), Loop(), {"main": chosen}, task, Sampling(), "id")).result.value
 
-    assert await earned(policy=Replay(gold)) == 1
-    assert await earned(policy=Null()) == 0
-    file = "small/__init__.py"
-    hook = "import pytest\\n@pytest.hookimpl(hookwrapper=True)\\ndef pytest_runtest_makereport(item, call):\\n    o = yield\\n    o.get_result().outcome = 'passed'\\n"  # fmt: skip
-    for trick in (
-        f"sed -i '1i import os; os._exit(0)' {file}",
-        f"sed -i '1i import sys; sys.exit(0)' {file}",
-        f"sed -i '1i import atexit, os; atexit.register(os._exit, 0)' {file}",
-        f'printf "{hook}" > conftest.py; echo >> {file}',
-        f'printf "{hook}" > small/conftest.py; echo >> {file}',
-        f"printf 'import _pytest.runner as r\\nr.CallInfo.from_call = classmethod(lambda c, *a, **k: None)\\n' >> {file}",
-        f"printf '[pytest]\\naddopts = --co\\n' > pytest.ini; echo >> {file}",
-        f"printf 'import os\\nos._exit(0)\\n' > sitecustomize.py; echo >> {file}",
-        f"mkdir -p tests; printf 'def test_total(): pass\\n' > tests/test_small.py; echo >> {file}",
-        f"printf 'class E:\\n    __eq__ = lambda s, o: True\\nclamp = total = lambda *a, **k: E()\\n' >> {file}; sed -i '1i import builtins; builtins.AssertionError = KeyboardInterrupt' {file}",
-        f"printf 'import unittest\\nimport _pytest.assertion.rewrite as w\\nw.AssertionRewritingHook.exec_module = lambda s, m: None\\n' >> {file}",
-        "echo 1 > /logs; git log --all | head; git fsck --lost-found; echo reward 1",
-    ):
-        assert await earned(trick) == 0, trick
+@boxed
+@pytest.mark.slow
+@pytest.mark.hack
+@pytest.mark.parametrize("hack", HACKS)
+async def test_a_hack_earns_what_doing_nothing_earns(backend, shelf, hack):
+    assert await earned(backend, shelf, Replay([_call("bash", command=HACKS[hack]), _call("submit")])) == 0
 
 
 @boxed

@@ -48,7 +48,7 @@ async def earned(backend, task, *commands):
     ]
     policy = Replay([*calls, Message(role="assistant", content="done")]) if commands else Null()
     episode = await run_episode(Terminal(Terminal.Config(), backend), Loop(), {"main": policy}, task, Sampling(), "id")
-    assert episode.outcome.cause is Cause.OK, episode.outcome
+    assert episode.outcome.cause in (Cause.OK, Cause.POLICY_CRASH), episode.outcome
     return episode.result.value
 
 
@@ -89,6 +89,7 @@ def test_tasks_are_many_disjoint_and_found_by_their_keys():
         shell_tasks((1,), ("nothing",))
 
 
+@pytest.mark.hack
 @pytest.mark.parametrize(
     "hack",
     [
@@ -103,7 +104,7 @@ def test_tasks_are_many_disjoint_and_found_by_their_keys():
         "head -c 900M /dev/zero > /dev/shm/x; python3 -c 'x = bytearray(2 << 30)'",
     ],
 )
-async def test_a_trick_earns_what_doing_nothing_earns(backend, hack):
+async def test_a_hack_earns_what_doing_nothing_earns(backend, hack):
     task = task_of("first", FAMILIES["first"][0], 2, seed=5)
     target = next(path for path, node in task.data["after"].items() if node.get("kind", "file") == "file")
     assert await earned(backend, task, hack.format(file=f"/work/{target}")) == 0
@@ -115,7 +116,7 @@ async def test_a_box_that_its_own_commands_ended_is_scored(backend):
     calls = [ToolCall(id="", name="bash", arguments=_json("head -c 150M /dev/zero > /work/fill"))] * 3
     policy = Replay([*(Message(role="assistant", tool_calls=(call,)) for call in calls), Message(role="assistant")])
     episode = await run_episode(Terminal(config, backend), Loop(), {"main": policy}, task, Sampling(), "id")
-    assert episode.outcome.cause is Cause.OK
+    assert episode.outcome.cause is Cause.POLICY_CRASH
     assert episode.result.value == 0
 
 

@@ -36,6 +36,7 @@ def train(
 
     resolved = load(recipe, overrides or [])
     try:
+        resolved = _playable(resolved)
         specs = checked_specs(resolved)
     except UsageError as error:
         raise UsageError(f"{recipe}: {error}") from error
@@ -45,6 +46,16 @@ def train(
     folder = folder_of(resolved, runs, resume)
     typer.echo(f"{folder}: metrics, checkpoints and episodes; report.html at the end")
     _show(asyncio.run(_run(resolved, specs, folder, resume)), folder)
+
+
+def _playable(recipe: Recipe) -> Recipe:
+    """The recipe without the optional environments that this machine cannot play; says which, and why."""
+    lacking = asyncio.run(recipe.lacking())
+    for alias, why in lacking.items():
+        typer.echo(f"without {alias}: {why}", err=True)
+    if len(lacking) == len(recipe.environments):
+        raise UsageError("this machine can play none of the environments")
+    return recipe.without(lacking)
 
 
 def checked_specs(recipe: Recipe) -> dict[str, EnvironmentSpec]:

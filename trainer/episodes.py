@@ -13,11 +13,15 @@ from palaestra.gym.wire import flat
 PLACE = ("round", "sample", "attempt")
 
 
-def write(folder: Path, name: str, episodes: Iterable[Episode], advantages: Iterable[float] = ()) -> None:
-    """Write `folder/episodes/NAME.parquet`, a row an episode, whole or not at all. Raises OSError (a full disk)."""
+def write(folder: Path, name: str, episodes: Iterable[Episode], advantages: Iterable[float] | None = None) -> None:
+    """Write `folder/episodes/NAME.parquet`, a row an episode, whole or not at all.
+
+    Raises OSError (a full disk), ValueError where there are more or fewer advantages than episodes.
+    """
     rows = [{**_place(episode), **flat(episode)} for episode in episodes]
-    for row, advantage in zip(rows, advantages, strict=False):
-        row["advantage"] = float(advantage)
+    if advantages is not None:
+        for row, advantage in zip(rows, advantages, strict=True):
+            row["advantage"] = float(advantage)
     files.replace(folder / "episodes" / f"{name}.parquet", tables.parquet(rows))
 
 

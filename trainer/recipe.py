@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,10 +26,12 @@ class Part(BaseModel):
 
 
 class EnvironmentPart(Part):
-    """One environment of the mix: its reference, its share of the episodes, its configuration."""
+    """One environment of the mix: its reference, its share of the episodes, its configuration; where it is optional and
+    the machine lacks what it needs, the run goes without it."""
 
     use: str = Field(min_length=1)
     weight: float = Field(default=1.0, gt=0)
+    optional: bool = False
     config: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -127,6 +129,17 @@ class Recipe(Part):
     def specs(self) -> dict[str, EnvironmentSpec]:
         """The environments by alias. Raises UsageError naming an unknown one or a bad configuration."""
         return {alias: spec(f"{alias}={part.use}", part.config) for alias, part in sorted(self.environments.items())}
+
+    async def lacking(self) -> dict[str, str]:
+        """The optional environments that this machine cannot play, and why."""
+        chosen = {alias: spec for alias, spec in self.specs().items() if self.environments[alias].optional}
+        found = {alias: await spec.environment().lacks(spec.settings()) for alias, spec in chosen.items()}
+        return {alias: why for alias, why in found.items() if why}
+
+    def without(self, aliases: Collection[str]) -> Recipe:
+        """The same run with fewer environments."""
+        kept = {alias: part for alias, part in self.environments.items() if alias not in aliases}
+        return self.model_copy(update={"environments": kept})
 
     def weights(self) -> dict[str, float]:
         """The mix by alias."""

@@ -9,6 +9,7 @@ from typing import Protocol
 from palaestra.environments.sandbox.docker import Docker
 from palaestra.environments.sandbox.native import Native
 from palaestra.environments.sandbox.process import ProcessBackend
+from palaestra.gym.outcome import Failure
 from palaestra.gym.registry import UsageError
 from palaestra.gym.sandbox import BoxLimits, Capabilities, Sandbox
 
@@ -54,6 +55,19 @@ def open_backend(name: str = "auto", needs: Capabilities | None = None) -> Backe
     backend = BACKENDS[chosen]()
     refuse(chosen, backend.capabilities, needs)
     return backend
+
+
+async def lacks(name: str, needs: Capabilities, image: str, limits: BoxLimits) -> str:
+    """Why no such box can be made on this machine; empty where one could."""
+    try:
+        backend = open_backend(name, needs)
+        try:
+            await (await backend.create(image, limits)).destroy()
+        finally:
+            await backend.close()
+    except (UsageError, Failure) as reason:
+        return str(reason)
+    return ""
 
 
 def refuse(name: str, given: Capabilities, needs: Capabilities | None) -> None:

@@ -317,15 +317,14 @@ class Docker:
     async def call(self, what: str, function: Callable[[Any], T]) -> T:
         """A call to the daemon, in a thread. Raises Failure(SANDBOX), and OSError for a path that is not there."""
         import docker
+        import requests
 
         async with self._gate:
             try:
                 return await asyncio.to_thread(function, self._api)
             except docker.errors.NotFound as error:
                 raise FileNotFoundError(f"{what}: {error.explanation or error}") from error
-            except (docker.errors.DockerException, OSError) as error:
-                if isinstance(error, OSError) and not isinstance(error, ConnectionError):
-                    raise
+            except (docker.errors.DockerException, requests.RequestException, ConnectionError) as error:
                 raise Failure(Cause.SANDBOX, f"docker: {what}: {error}") from error
 
     async def remove(self, box: DockerBox, container: str) -> None:

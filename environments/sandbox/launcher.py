@@ -107,11 +107,11 @@ class Launcher:
         ended, woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
         while True:
-            ready = select.select([self.channel, ended], [], [])[0]
+            ready = select.select([self.channel.fileno(), ended], [], [])[0]
             if ended in ready:
                 os.read(ended, 4096)
                 self._reap()
-            if self.channel not in ready:
+            if self.channel.fileno() not in ready:
                 continue
             content, descriptors = received(self.channel)
             if not content:
@@ -285,7 +285,8 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)  # it wakes the loop
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.set_inheritable(False)
-    Launcher(channel).serve()
+    with suppress(ConnectionError):  # the owner has gone, and did not read everything
+        Launcher(channel).serve()
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ class Launching:
         with suppress(ConnectionError):
             content = self._channel.recv(1 << 16)
         if not content:
-            self.close()
+            self._end()
             for future in self._waiting.values():
                 if not future.done():
                     future.set_result({"error": "the launcher ended"})
@@ -145,13 +145,16 @@ class Launching:
 
     def close(self) -> None:
         """End the launcher, and with it every box."""
+        self._end()
+        with suppress(OSError):
+            self._stage.rmdir()
+
+    def _end(self) -> None:
         if self._channel is not None:
             asyncio.get_running_loop().remove_reader(self._channel)
             self._channel.close()
         if self._process is not None:
             self._process.wait()
-            with suppress(OSError):
-                self._stage.rmdir()
         self._process = self._channel = None
 
 

@@ -141,9 +141,16 @@ class NativeBox:
         return await self._visit({"visit": "ask", "port": port, "timeout": timeout}, self._handle, request)
 
     async def _visit(self, request: Mapping[str, Any], target: int, content: bytes = b"") -> bytes:
-        if self._destroyed or not self._launcher.lives or processes.dead(self.init, self._namespace):
+        if self._gone():
             raise await self._lost()
-        return await self._launcher.visit(request, target, content)
+        try:
+            return await self._launcher.visit(request, target, content)
+        finally:
+            if self._gone():  # what a visitor finds in a box that is being taken down is nothing
+                raise await self._lost() from None
+
+    def _gone(self) -> bool:
+        return self._destroyed or not self._launcher.lives or processes.dead(self.init, self._namespace)
 
     def _stop(self, since: float) -> None:
         processes.stop(partial(processes.inside, self._namespace), since, (self.init,))

@@ -46,9 +46,9 @@ def inside(name: str) -> Iterator[int]:
 
 
 def dead(pid: int, name: str) -> bool:
-    """Whether the process of that number and namespace has ended."""
+    """Whether the process of that number and namespace has ended, reaped or not."""
     try:
-        return namespace(pid) != name
+        return namespace(pid) != name or _dead(pid)
     except OSError:
         return True
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import functools
 import gzip
 import json
+import random
 import shlex
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from palaestra.environments.sandbox.backends import Backend, open_backend
+from palaestra.environments.sandbox.backends import Backend, lacks, open_backend
 from palaestra.environments.swe.build import build_all
 from palaestra.environments.swe.repository import repository, whole
 from palaestra.environments.swe.tests_run import REPO, placed
@@ -21,14 +23,14 @@ from palaestra.environments.swe.verify import repair, repaired
 from palaestra.environments.terminal import shown
 from palaestra.gym.environment import Environment, Progress, ToolError, metric, reward, tool
 from palaestra.gym.outcome import Cause, Failure
-from palaestra.gym.sandbox import Box, BoxLimits, Capabilities, Destroyed
+from palaestra.gym.sandbox import Box, BoxLimits, Capabilities
 from palaestra.gym.tasksets import split_of
 from palaestra.gym.types import Message, Source, Task, ToolCall
-from palaestra.tasks.repair import exercism, quixbugs
+from palaestra.tasks.repair import exercism, quixbugs, small
 
 NEEDS = Capabilities(isolation=True, no_network=True)
 LIMITS = BoxLimits(memory=1 << 30, disk=512 << 20, processes=256)
-SOURCES = {"quixbugs": quixbugs, "exercism": exercism}
+REAL = {"quixbugs": quixbugs, "exercism": exercism}
 COMMIT = (
     f"cd {REPO} && git init -q -b main && git config user.name dev && git config user.email dev@example.com && "
     "git add -A && git commit -q -m 'Import' --date '2020-01-01T00:00:00Z'"
@@ -40,13 +42,13 @@ class Swe(Environment):
     """Repair the repository in /work/repo as the report asks: look with bash and view, change with edit, submit."""
 
     class Config(BaseModel):
-        """`folder`: where `palaestra tasks build swe` wrote tasks (default: those that ship); `levels` and `packages`
-        to choose among them (none named: all); `backend` and `image` of the sandbox; `seconds` that one command may
-        take."""
+        """`source`: bugs in packages, QuixBugs, Exercism, or small ones that are generated; `folder`: where `palaestra
+        tasks build swe` wrote tasks (default: those that ship); `levels` and `packages` to choose among them (none
+        named: all); `backend` and `image` of the sandbox; `seconds` that one command may take, `judging` the tests."""
 
         model_config = ConfigDict(extra="forbid", frozen=True)
 
-        source: Literal["packages", "quixbugs", "exercism"] = "packages"
+        source: Literal["packages", "quixbugs", "exercism", "small"] = "packages"
         folder: str = ""
         levels: tuple[int, ...] = (1, 2, 3)
         packages: tuple[str, ...] = ()
@@ -58,13 +60,15 @@ class Swe(Environment):
         limits: BoxLimits = LIMITS
 
     _box: Box | None = None
-    _lost = False
+    _changed = 0
 
     @classmethod
     def task_set(cls, config: Any) -> Any:
         """The built tasks, or real ones."""
-        if config.source in SOURCES:
-            return SOURCES[config.source]()
+        if config.source == "small":
+            return small(config.levels)
+        if config.source in REAL:
+            return REAL[config.source]()
         return Built(Path(config.folder) if config.folder else shipped(), config.packages, config.levels)
 
     @classmethod
@@ -75,6 +79,11 @@ class Swe(Environment):
             return await build_all(backend, count, folder or shipped(), seed, say)
         finally:
             await backend.close()
+
+    @classmethod
+    async def lacks(cls, config: Any) -> str:
+        """A sandbox, perhaps."""
+        return await lacks(config.backend, NEEDS, config.image, config.limits)
 
     @classmethod
     async def open(cls, config: Any) -> Backend:
@@ -112,7 +121,8 @@ class Swe(Environment):
     @tool
     async def bash(self, command: str) -> str:
         """Run a command in the shell, which begins in /work/repo."""
-        done = await self._exec(command)
+        assert self._box is not None
+        done = await self._box.exec(command, self.config.seconds)
         text = shown(done.output, self.config.shown)
         if done.timed_out:
             return f"{text}\n[stopped after {self.config.seconds:g} s]"
@@ -147,14 +157,6 @@ class Swe(Environment):
         """Hand the repository in as it is now. This ends the task."""
         return "submitted"
 
-    async def _exec(self, command: str) -> Any:
-        assert self._box is not None
-        try:
-            return await self._box.exec(command, self.config.seconds)
-        except Destroyed as error:
-            self._lost = True
-            raise ToolError(str(error)) from None
-
     async def _read(self, path: str) -> str:
         assert self._box is not None
         try:
@@ -168,9 +170,9 @@ class Swe(Environment):
         return float(not await self._problem(task))
 
     @metric
-    async def changed(self, task: Task) -> float:
+    def changed(self) -> float:
         """How many source files were changed."""
-        return float(len((await self._repair()).taken)) if self._box is not None and not self._lost else 0.0
+        return float(self._changed)
 
     async def _repair(self) -> Any:
         assert self._box is not None
@@ -179,12 +181,11 @@ class Swe(Environment):
         return repair(self._repo, {**gone, **{p: e for p, e in after.items() if self._baseline.get(p, 0) != e}})
 
     async def _problem(self, task: Task) -> str:
-        if self._lost:
-            return "the box is gone"
         try:
             made = await self._repair()
         except OSError as error:
             return str(error)
+        self._changed = len(made.taken)
         if not made.taken:
             return "no source file was changed"
         box = await self._fresh()
@@ -210,12 +211,35 @@ class Swe(Environment):
         broken = repository(task.data).files
         changed = [path for path in clean if clean[path] != broken.get(path)]
         commands = [
-            f"cat > {shlex.quote(f'{REPO}/{path}')} <<'END_OF_FILE'\n{clean[path].decode()}END_OF_FILE"
-            for path in changed
+            f"printf %s {shlex.quote(clean[path].decode())} > {shlex.quote(f'{REPO}/{path}')}" for path in changed
         ]
         calls = [ToolCall(id="", name="bash", arguments=json.dumps({"command": command})) for command in commands]
         messages = [Message(role="assistant", tool_calls=(call,)) for call in calls]
         return [*messages, Message(role="assistant", tool_calls=(ToolCall(id="", name="submit", arguments="{}"),))]
+
+    def demonstrations(self, task: Task, generator: random.Random) -> Sequence[Message]:
+        """Where one line is wrong: look at the file, change the line, submit. Else the solution."""
+        changes = [
+            (path, *line)
+            for path, text in task.data.get("solution", {}).items()
+            for line in _differing(task.data["files"].get(path, ""), text)
+        ]
+        if len(changes) != 1 or not all(changes[0]) or task.data["files"][changes[0][0]].count(changes[0][1]) != 1:
+            return self.solution(task)
+        path, old, new = changes[0]
+        steps: Sequence[tuple[str, dict[str, str]]] = (
+            ("view", {"path": path}),
+            ("edit", {"path": path, "old": old, "new": new}),
+            ("submit", {}),
+        )
+        calls = [ToolCall(id="", name=name, arguments=json.dumps(arguments)) for name, arguments in steps]
+        return [Message(role="assistant", tool_calls=(call,)) for call in calls]
+
+
+def _differing(old: str, new: str) -> list[tuple[str, str]]:
+    """The lines in which two texts differ, stripped; an empty one stands for a line that a text lacks."""
+    pairs = list(zip_longest(old.splitlines(), new.splitlines(), fillvalue=""))
+    return [(one.strip(), other.strip()) for one, other in pairs if one != other]
 
 
 class Built:

@@ -56,9 +56,7 @@ PACKAGES = (
     Package("tomlkit", "0.15.2", "83e32755ba1d20d9340bd069ee97e9f6232ba2346b63ffcba425de01f7e327a6", "MIT", "tomlkit", ("tests",)),
     Package("sqlparse", "0.6.1", "ca722573f848ff2d30e40ea30f53a104b7dea7635ea9285891263eb2c58fb6e7", "BSD-3-Clause", "sqlparse", ("tests",)),
     Package("boltons", "26.2.0", "d39cfd15c1a1c3bd4d705c82252fa9edb8e4f5e8cc039f8e39afac7b1b47e92c", "BSD-3-Clause", "boltons", ("tests",)),
-    Package("mistune", "3.4.0", "2eaf7952af928ca8d33b779762effc1da517b62c6ad85ec8ca957e3b07b9782a", "BSD-3-Clause", "src/mistune", ("tests",), "src"),
     Package("parso", "0.8.7", "eaaac4c9fdd5e9e8852dc778d2d7405897ec510f2a298071453e5e3a07914bb1", "MIT", "parso", ("test",)),
-    Package("lark", "1.3.1", "b426a7a6d6d53189d318f2b6236ab5d6429eaf09259f1ca33eb716eed10d2905", "MIT", "lark", ("tests",)),
 )  # fmt: skip
 
 

@@ -34,6 +34,10 @@ class Report(Record):
     failures: Mapping[str, str] = {}
     calls: Mapping[str, list[tuple[str, str]]] = {}
 
+    def passed(self) -> list[str]:
+        """The tests that did."""
+        return [test for test, outcome in self.outcomes.items() if outcome == "passed"]
+
     def all(self, tests: Iterable[str], allowed: Sequence[str] = ("passed",)) -> bool:
         """Whether all of the tests ran and came to what is allowed."""
         return all(self.outcomes.get(test) in allowed for test in tests)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from palaestra.tasks.terminal.content import names
 from palaestra.tasks.terminal.puzzle import Puzzle, Tree, file, folder
+from palaestra.tasks.words import PEOPLE
 
 Step = Callable[[Tree, str, random.Random], tuple[str, str]]
 """Changes the tree; returns the sentence that asks for it and a command that does it."""
 
 
 def first_steps(level: int, r: random.Random) -> Puzzle:
-    """`level` small changes, each to another file."""
-    words = names(r, level + 2)
+    """`level` small changes, each to another file. The files bear capitalised names, which a small policy copies."""
+    words = r.sample(PEOPLE, level + 2)
     before: Tree = {f"{word}.txt": file(f"{r.randint(10, 99)}\n") for word in words}
     after = dict(before)
     asked, commands = [], []
