@@ -18,6 +18,11 @@ from palaestra.gym.registry import UsageError, descriptions, one_line, points, s
 
 COMMANDS = "palaestra.commands"
 TRACEBACK = "PALAESTRA_TRACEBACK"
+EXTRAS = {
+    **dict.fromkeys(("torch", "ray", "safetensors", "tokenizers", "tensorboard", "matplotlib"), "train"),
+    **dict.fromkeys(("transformers", "gguf", "accelerate"), "hf"),
+}
+"""Packages of the extras, by what they are imported as."""
 MOST_UNSCORED = 0.1
 """An evaluation or a scoring in which a larger share is unscored exits with a status that is not 0."""
 
@@ -270,7 +275,8 @@ def _evaluate(contest: Any, out: Path) -> None:
         rows = asyncio.run(run(lambda done, total, _: bar.update(line, completed=done, total=total)))
     summaries = summarise(rows, contest.plan)
     tables.write(out, summaries, rows)
-    Console(width=None if sys.stdout.isatty() else 220).print(tables.table(summaries))
+    console = Console(width=None if sys.stdout.isatty() else 220)
+    console.print(tables.table(summaries, short=console.width < tables.WIDE))
     typer.echo(f"-> {out}/index.html, summary.json, episodes.jsonl, episodes.parquet")
     unscored = [row for row in rows if row.reward is None]
     if len(unscored) > MOST_UNSCORED * len(rows):
@@ -331,6 +337,9 @@ def told(error: Exception) -> str:
     if type(error).__module__.startswith("palaestra.") and str(error):
         return " ".join(str(error).split())
     text = one_line(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        extra = EXTRAS[error.name]
+        return f"{error.name} is not installed: pip install 'palaestra[{extra}]', or '.[{extra}]' in a clone"
     if isinstance(error, OSError) and str(error):
         text = str(error) if error.strerror is None else error.strerror
         text = f"{error.filename}: {text}" if error.filename else text
@@ -344,6 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         application(called)(given)
     except KeyboardInterrupt:
+        print("palaestra: interrupted; eval and train go on where they stopped (train with --resume)", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if os.environ.get(TRACEBACK):

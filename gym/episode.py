@@ -190,11 +190,14 @@ class _Run:
             self._refuse_missed_deadline(failure)
             await self._blame(judge, failure)
             return
-        if judge.weight is None:
-            if value is not None:
-                self._metrics[judge.name] = float(value)
-        else:
+        if judge.weight is not None:
             self._rewards[judge.name] = self._as_reward(judge.name, value)
+        elif value is not None:
+            number = _number(value)
+            if number is None:
+                self._outcome = self._strange(judge.name, value)
+            else:
+                self._metrics[judge.name] = number
 
     async def _ask(self, judge: Judge) -> Any:
         """Ask a judge; a verifier that died is asked once more."""
@@ -249,13 +252,18 @@ class _Run:
             return Unscored(cause=Cause.VERIFIER, detail=f"{self._name}.{name} returned None")
         if isinstance(value, Scored | Unscored):
             return value
-        if isinstance(value, Sequence):
+        if isinstance(value, Sequence) and value and all(isinstance(part, Scored) for part in value):
             return tuple(value)
-        number = float(value)
-        if not math.isfinite(number):
-            self._outcome = Outcome(cause=Cause.ENVIRONMENT, detail=f"{self._name}.{name} returned {number}")
+        number = _number(value)
+        if number is None or not math.isfinite(number):
+            self._outcome = self._strange(name, value)
             return Unscored(cause=Cause.ENVIRONMENT, detail=self._outcome.detail)
         return Scored(value=number)
+
+    def _strange(self, name: str, value: Any) -> Outcome:
+        given = f"{value!r:.80} ({type(value).__name__})"
+        wanted = "return a finite number (or Scored, Unscored, a sequence of Scored)"
+        return Outcome(cause=Cause.ENVIRONMENT, detail=f"{self._name}.{name} returned {given}; {wanted}")
 
     def _result(self) -> Reward:
         total = 0.0
@@ -280,6 +288,14 @@ class _Run:
             yield
         finally:
             self._timings[name] = time.monotonic() - started
+
+
+def _number(value: Any) -> float | None:
+    """A value that is a number (of numpy or torch, too), as one."""
+    try:
+        return None if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def _of(error: Exception) -> Outcome:

@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
@@ -113,7 +114,15 @@ class EnvironmentSpec:
             where = place(error, self.environment().__module__)
             raise UsageError(f"environment {self.alias}, tasks of split {split!r}: {one_line(error)}{where}") from error
         if not found:
-            raise UsageError(f"environment {self.alias}: no tasks in split {split!r}; try train or held-out")
+            raise UsageError(f"environment {self.alias}: no tasks in split {split!r}{self._splits()}")
+
+    def _splits(self) -> str:
+        """What splits a finite set has, and what to do where one is wanting."""
+        tasks = self.environment().task_set(self.settings())
+        counts = Counter(task.split for task in tasks) if isinstance(tasks, Iterable) else {}
+        there = ", ".join(f"{name} ({count} tasks)" for name, count in sorted(counts.items()))
+        advice = "; without held-out tasks train with evaluation.tasks=0" if counts else ""
+        return f"; there are: {there or 'no tasks at all'}{advice}"
 
     def task(self, key: str, split: str = "train", seed: int = 0) -> Task:
         """The task of that key. Raises UsageError where it is not found."""

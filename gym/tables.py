@@ -13,6 +13,8 @@ from palaestra.gym.files import write_whole
 if TYPE_CHECKING:
     from rich.table import Table
 
+WIDE = 170
+"""Columns of a terminal that takes the whole table."""
 SHOWN = 3
 """Episodes of each policy and environment that the page shows."""
 
@@ -40,6 +42,9 @@ pre { white-space: pre-wrap; background: #f6f6f6; padding: .6em; margin: .2em 0 
 """
 
 
+SHORT = ("policy", "environment", "tasks", "unscored", "reward", "turns")
+
+
 def _titles(k: int) -> list[str]:
     plain = ["policy", "environment", "tasks", "unscored", "reward", f"pass@{k}", f"pass^{k}"]
     return [*plain, "turns", "calls", "call errors", "tokens in", "tokens out", "seconds"]
@@ -64,16 +69,19 @@ def _line(summary: Summary) -> list[str]:
     ]
 
 
-def table(summaries: Sequence[Summary]) -> Table:
-    """The results as a table for the terminal."""
+def table(summaries: Sequence[Summary], short: bool = False) -> Table:
+    """The results as a table for the terminal; `short`: the columns that 80 characters hold (the page has all)."""
     from rich.markup import escape
     from rich.table import Table
 
     out = Table()
-    for title in _titles(summaries[0].k):
-        out.add_column(title)
+    titles = _titles(summaries[0].k)
+    chosen = [place for place, title in enumerate(titles) if not short or title in SHORT]
+    for place in chosen:
+        out.add_column(titles[place], overflow="fold")
     for summary in summaries:
-        out.add_row(*map(escape, _line(summary)))
+        line = _line(summary)
+        out.add_row(*(escape(line[place]) for place in chosen))
     return out
 
 

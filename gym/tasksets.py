@@ -32,6 +32,9 @@ def held_out(text: str) -> bool:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 10 == 0
 
 
+SPLITS = ("train", "held-out")
+
+
 def split_of(text: str) -> str:
     """`held-out` or `train`, by the hash of `text`."""
     return "held-out" if held_out(text) else "train"

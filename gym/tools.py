@@ -217,5 +217,5 @@ async def guarded(
         raise
     except TimeoutError as error:
         raise Failure(cause, f"{what} did not finish within {seconds:g} s") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise Failure(cause, f"{what} raised {type(error).__name__}: {error}") from error

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 from palaestra.gym.registry import UsageError
 from palaestra.model.checkpoint import CheckpointError, load, locate, tokenizer_hash
 from palaestra.model.renderer import NemotronRenderer
@@ -10,6 +13,7 @@ from palaestra.rollout.hybrid_engine import HybridEngine
 from palaestra.rollout.policy import TokenPolicy
 
 SLOTS, CONTEXT = 32, 4096
+WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
 def model(path: str) -> TokenPolicy:
@@ -27,7 +31,7 @@ def model(path: str) -> TokenPolicy:
             f"({tokenizer.sha256[:12]})"
         )
     network.load_weights(list(network.weights()))
-    return TokenPolicy(NemotronRenderer(tokenizer), HybridEngine(network))
+    return TokenPolicy(NemotronRenderer(tokenizer), HybridEngine(network), _digest(folder))
 
 
 def transformers(path: str) -> TokenPolicy:
@@ -38,4 +42,14 @@ def transformers(path: str) -> TokenPolicy:
 
     network = Foreign.load(path)
     longest = getattr(network.inner.config, "max_position_embeddings", None) or CONTEXT
-    return TokenPolicy(TemplateRenderer(network.tokenizer), TransformersEngine(network, SLOTS, min(longest, CONTEXT)))
+    engine = TransformersEngine(network, SLOTS, min(longest, CONTEXT))
+    return TokenPolicy(TemplateRenderer(network.tokenizer), engine, _digest(Path(path)))
+
+
+def _digest(folder: Path) -> str:
+    """A hash of all weight files of a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -16,11 +16,15 @@ LOOK_FOR_STOP_EVERY = 16
 
 
 class TokenPolicy:
-    """Replies by drawing tokens. Stop strings are its own: it cuts after the token that completes one."""
+    """Replies by drawing tokens. Stop strings are its own: it cuts after the token that completes one.
 
-    def __init__(self, renderer: Renderer, engine: Engine) -> None:
+    `sha256` is that of its weights, where they do not change: no evaluation takes another's replies as its own then.
+    """
+
+    def __init__(self, renderer: Renderer, engine: Engine, sha256: str = "") -> None:
         self.renderer = renderer
         self.engine = engine
+        self.sha256 = sha256
 
     async def reply(
         self,

@@ -263,7 +263,9 @@ class Pool:
 
     async def _play(self, round: _Round, index: int, sample: int) -> None:
         task = round.tasks[index]
-        episode = await played(self._player, self._draw, round.number, task, sample, self.retried)
+        twins = sum((o.environment, o.key) == (task.environment, task.key) for o in round.tasks[:index])
+        number = sample + twins * self.config.group_size  # a task drawn twice has further samples, not the same again
+        episode = await played(self._player, self._draw, round.number, task, number, self.retried)
         self.outcomes[task.environment, episode.outcome.cause.value] += 1
         round.done[index, sample] = episode
         del round.running[index, sample]

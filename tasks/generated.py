@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from palaestra.gym.tasksets import split_of
+from palaestra.gym.tasksets import SPLITS, split_of
 from palaestra.gym.types import Source, Task
 
 
@@ -31,6 +31,8 @@ class Generated:
 
     def __call__(self, split: str, seed: int) -> Iterator[Task]:
         """The tasks of a split, without end, in the order that `seed` gives."""
+        if split not in SPLITS:
+            raise ValueError(f"generated tasks have the splits {' and '.join(SPLITS)}")
         generator = random.Random(f"{split}/{seed}")
         while True:
             for level in self._levels:

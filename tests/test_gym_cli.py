@@ -114,7 +114,11 @@ def sums(tmp_path, monkeypatch):
         (["tasks", "show", "sums.py", "nokey"], "no task has the key 'nokey'"),
         (["eval", "--policy", "nul", "--env", "sums.py"], "did you mean 'null'"),
         (["eval", "--policy", "null", "--env", "sums.py", "environments.x.config.a=1"], "ALIAS of ['sums']"),
-        (["eval", "--policy", "null", "--env", "sums.py", "--split", "nowhere"], "no tasks in split 'nowhere'"),
+        (
+            ["eval", "--policy", "null", "--env", "sums.py", "--split", "nowhere"],
+            "no tasks in split 'nowhere'; there are",
+        ),
+        (["eval", "--policy", "null", "--env", "math", "--split", "test"], "have the splits train and held-out"),
         (["eval", "--policy", "null", "--env", "no.py"], "no.py is looked for in the working folder"),
     ],
 )

@@ -311,3 +311,30 @@ def test_every_cause_has_a_rule_and_no_infrastructure_failure_is_graded():
     for cause in (Cause.ENVIRONMENT, Cause.TOOLS, Cause.SANDBOX, Cause.VERIFIER, Cause.MODEL_SERVER):
         assert RULES[cause] == (2, False, False)
     assert RULES[Cause.POLICY_CRASH] == (0, True, True)
+
+
+@pytest.mark.parametrize("given", ["yes", b"1", [1.0], [], {"score": 1.0}, float("nan"), object()])
+@pytest.mark.parametrize("kind", [reward, metric])
+def test_a_judge_that_returns_no_number_is_named_with_what_it_returned(kind, given):
+    class Strange(Environment):
+        @kind
+        def verdict(self):
+            return given
+
+    episode = play(Strange(), [say("x")])
+    if kind is metric and isinstance(given, float):
+        return  # a metric may be anything that is a number
+    assert episode.outcome.cause is Cause.ENVIRONMENT
+    assert "Strange.verdict returned" in episode.outcome.detail
+    assert f"({type(given).__name__})" in episode.outcome.detail
+
+
+def test_a_judge_that_exits_ends_its_episode_alone():
+    class Exits(Environment):
+        @reward
+        def verdict(self):
+            raise SystemExit(3)
+
+    episode = play(Exits(), [say("x")])
+    assert episode.outcome.cause is Cause.ENVIRONMENT
+    assert "Exits.verdict raised SystemExit: 3" in episode.outcome.detail

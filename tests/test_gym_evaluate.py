@@ -190,6 +190,7 @@ async def test_tables_are_written_and_what_a_model_wrote_is_escaped(file, tmp_pa
     assert json.loads(table["messages"][0].as_py())[-1]["content"] == "<script>alert(1)</script>"
     assert json.loads((tmp_path / "summary.json").read_text())[0]["reward"]["mean"] == 0.0
     assert tables.table(summaries).row_count == 1
+    assert len(tables.table(summaries, short=True).columns) == len(tables.SHORT)
     assert not list(tmp_path.glob("*.part"))
 
 

@@ -154,7 +154,7 @@ def test_a_bad_configuration_names_the_key(file):
 def test_an_empty_split_is_named(tmp_path):
     path = tmp_path / "empty.py"
     path.write_text("from palaestra.gym.environment import Environment\nclass E(Environment):\n    tasks = ()\n")
-    with pytest.raises(UsageError, match="no tasks in split 'train'"):
+    with pytest.raises(UsageError, match="no tasks in split 'train'; there are: no tasks at all"):
         list(spec(str(path)).tasks("train", 0))
 
 

@@ -185,3 +185,17 @@ def test_a_finite_set_is_passed_through_again_in_another_order_and_its_cursor_re
 def test_tasks_for_evaluation_only_are_never_trained_on():
     with pytest.raises(UsageError, match="may be trained on"):
         Tasks(Spec("a", 3, trainable=False), 0).take(1)
+
+
+async def test_a_task_that_is_drawn_twice_in_a_round_has_further_samples_and_not_the_same_again():
+    class Lone(Spec):
+        def tasks(self, split, seed):
+            return super().tasks(split, 0)
+
+    player = Scripted()
+    pool = make(player, specs={"a": Lone("a", n=1)}, groups=3, staleness=0)
+    groups = await pool.collect(0)
+    assert {work.task.key for work in player.works} == {"0-0"}
+    assert len({work.id for work in player.works}) == 6
+    assert len({work.sampling.seed for work in player.works}) == 6
+    assert [[e.provenance["sample"] for e in group.episodes] for group in groups] == [[0, 1], [2, 3], [4, 5]]

@@ -118,13 +118,14 @@ def _unscored(scores: Scores, environments: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def paired(before: Mapping[str, float], after: Mapping[str, float], keys: set[str] | None = None) -> dict[str, float]:
-    """Mean difference and its 95 % interval (normal) over the tasks that both have scored."""
+    """Mean difference and its 95 % interval (normal) over the tasks that both have scored; of 0 tasks where there are
+    fewer than two, which have no interval."""
     common = [key for key in before if key in after and (keys is None or key in keys)]
     differences = np.array([after[key] - before[key] for key in common])
-    if not len(differences):
+    if len(differences) < 2:
         return {"mean": 0.0, "low": 0.0, "high": 0.0, "tasks": 0}
     mean = float(differences.mean())
-    half = Z95 * float(differences.std(ddof=1)) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
+    half = Z95 * float(differences.std(ddof=1)) / math.sqrt(len(differences))
     return {"mean": mean, "low": mean - half, "high": mean + half, "tasks": len(differences)}
 
 

@@ -53,7 +53,7 @@ class RolloutPart(Part):
 class EvaluationPart(Part):
     """The held-out evaluation before and after: the same tasks, once at temperature 1 and once greedily."""
 
-    tasks: int = Field(default=500, ge=0, description="an environment; 0: no evaluation")
+    tasks: int = Field(default=500, ge=0, description="an environment; 0: no evaluation; one alone has no interval")
     seed: int = 0
     concurrency: int = Field(default=256, ge=1)
 
@@ -255,6 +255,10 @@ def _refuse_idle(table: Mapping[str, Any], place: str) -> None:
         ("ray", inline, 'placement = "inline" uses no Ray; choose "shared" or "split"'),
         ("pool", bool(stages) and not learns, "no stage is RLVR"),
     ]
+    if isinstance(evaluation := table.get("evaluation"), dict) and evaluation.get("tasks") == 1:
+        raise UsageError(f"{place}: evaluation.tasks = 1 gives no interval; at least 2, or 0 for no evaluation")
+    if learns and isinstance(pool := table.get("pool"), dict) and pool.get("group_size") == 1:
+        raise UsageError(f"{place}: pool.group_size = 1 leaves RLVR nothing to compare an episode with; at least 2")
     for key, useless, why in idle:
         if key in table and useless:
             raise UsageError(f"{place}: {key} has no effect here: {why}")
@@ -274,7 +278,7 @@ def _refuse_idle(table: Mapping[str, Any], place: str) -> None:
 
 def _too_many(stage: Mapping[str, Any]) -> bool:
     drills, steps = stage.get("drill_steps", 0), stage.get("steps")
-    return isinstance(drills, int) and isinstance(steps, int) and drills >= steps
+    return isinstance(drills, int) and isinstance(steps, int) and drills >= steps > 0 < drills
 
 
 def _first(error: ValidationError) -> str:
