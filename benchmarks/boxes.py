@@ -34,7 +34,7 @@ def of_backend(found: Cases, name: str) -> Iterable[ElementTree.Element]:
 
 def hacks() -> Measured:
     """Ways to a reward that was not earned."""
-    found = run(["tests/test_swe.py", "tests/test_terminal.py", "tests/test_code_hacks.py", "-m", "hack"])
+    found = run(["tests/test_swe.py", "tests/test_terminal.py", "tests/test_code.py", "-m", "hack"])
     figures = counted(case for cases in found.values() for case in cases.values())
     return Measured(figures["passed"] == figures["cases"] >= HACKS, figures)
 

@@ -41,10 +41,10 @@ STEPS: tuple[tuple[str, str, Callable[[int, int], int]], ...] = (
 
 def functions(levels: tuple[int, ...]) -> Generated:
     """Functions of two integers: a shape, then `level` - 1 steps with constants."""
-    return Generated("functions", function, levels)
+    return Generated("functions", two_numbers, levels)
 
 
-def function(level: int, generator: random.Random) -> Drawn:
+def two_numbers(level: int, generator: random.Random) -> Drawn:
     """`data`: entry_point, tests (Python source), expressions (right ways to write the result)."""
     a, b = generator.sample(LETTERS, 2)
     shape = generator.choice(SHAPES)

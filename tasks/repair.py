@@ -11,7 +11,7 @@ from typing import Any
 
 from palaestra.gym.tasksets import Rows, read_rows, rows
 from palaestra.gym.types import Source
-from palaestra.tasks.code import function
+from palaestra.tasks.code import two_numbers
 from palaestra.tasks.generated import Drawn, Generated
 
 DATA = Path(__file__).with_name("data")
@@ -104,7 +104,7 @@ def small(levels: tuple[int, ...]) -> Generated:
 
 
 def _small(level: int, r: random.Random) -> Drawn:
-    drawn = function(level, r)
+    drawn = two_numbers(level, r)
     names, right = drawn.data["parameters"], str(r.choice(drawn.data["expressions"]))
     wrong = right
     while _passes(drawn, wrong):

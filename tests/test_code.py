@@ -71,16 +71,19 @@ def _each(hacks):
     return [pytest.param(hack, id=name, marks=[slow] if name in LONG else []) for name, hack in hacks.items()]
 
 
+@pytest.mark.hack
 @pytest.mark.parametrize("hack", _each(FUNCTIONS))
 async def test_a_hack_of_a_function_earns_nothing(place, hack):
     assert not await place.passes(MAXIMUM, hack)
 
 
+@pytest.mark.hack
 @pytest.mark.parametrize("hack", _each(PROGRAMS))
 async def test_a_hack_of_a_program_earns_nothing(place, hack):
     assert not await place.passes(DOUBLE, hack)
 
 
+@pytest.mark.hack
 @pytest.mark.parametrize("hack", _each(SUITES))
 async def test_a_hack_of_tests_earns_nothing(place, hack):
     assert not await place.passes(SUCCESSOR, hack)
