@@ -39,10 +39,16 @@ REMOVED = 2
 """The kind of a change (Docker Engine API, changes)."""
 PATHS = 500
 """Paths of one command line."""
+ANSWER = 1 << 20
+"""Bytes of what a service of a box answers."""
 ASKING = """import socket, sys
 peer = socket.create_connection(("127.0.0.1", int(sys.argv[1])), float(sys.argv[2]))
 peer.sendall(sys.stdin.buffer.read())
-while part := peer.recv(65536): sys.stdout.buffer.write(part)"""
+left = int(sys.argv[3])
+while left >= 0 and (part := peer.recv(65536)):
+    left -= len(part)
+    sys.stdout.buffer.write(part)
+sys.exit(left < 0)"""
 NO_IMAGE = "docker: a container needs an image; `palaestra sandbox image build` makes one"
 FRAME = struct.Struct(">BxxxL")
 
@@ -113,9 +119,20 @@ class DockerBox:
         """See Box.ask. A program of this machine speaks, in the container's network (root alone may send it there)."""
         program = ["nsenter", "--net", f"--target={self.init}", sys.executable, "-I", "-S", "-c", ASKING]
         asking = await asyncio.create_subprocess_exec(
-            *program, str(port), str(timeout), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+            *program,
+            str(port),
+            str(timeout),
+            str(ANSWER),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
         )
-        answer, _ = await asyncio.wait_for(asking.communicate(request), timeout + CALL_SECONDS)
+        try:
+            answer, _ = await asyncio.wait_for(asking.communicate(request), timeout)
+        finally:
+            if asking.returncode is None:
+                asking.kill()
+        if len(answer) > ANSWER:
+            raise OSError(f"an answer of more than {ANSWER} bytes")
         if asking.returncode:
             raise ConnectionError(f"nobody answers at port {port}")
         return answer
