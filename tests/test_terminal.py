@@ -116,7 +116,7 @@ async def test_a_box_that_its_own_commands_ended_is_scored(backend):
     calls = [ToolCall(id="", name="bash", arguments=_json("head -c 150M /dev/zero > /work/fill"))] * 3
     policy = Replay([*(Message(role="assistant", tool_calls=(call,)) for call in calls), Message(role="assistant")])
     episode = await run_episode(Terminal(config, backend), Loop(), {"main": policy}, task, Sampling(), "id")
-    assert episode.outcome.cause is Cause.POLICY_CRASH
+    assert episode.outcome.cause in (Cause.OK, Cause.POLICY_CRASH)  # one process or the box, as the kernel chooses
     assert episode.result.value == 0
 
 

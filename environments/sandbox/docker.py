@@ -31,6 +31,7 @@ T = TypeVar("T")
 LABEL = "palaestra.owner"
 SHM, READ, COLLECTED = 64 << 20, 10 << 20, 256 << 20
 START_SECONDS, CALL_SECONDS = 60.0, 120
+FILES = ("read", "put", "diff")
 AT_ONCE = 4
 """Calls to the daemon at once: on two cores it makes no more containers a second with more."""
 CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "SETUID", "SETGID", "KILL", "NET_BIND_SERVICE"]
@@ -332,7 +333,7 @@ class Docker:
         self._sweep()
 
     async def call(self, what: str, function: Callable[[Any], T]) -> T:
-        """A call to the daemon, in a thread. Raises Failure(SANDBOX), and OSError for a path that is not there."""
+        """A call to the daemon, in a thread. Raises Failure(SANDBOX), and OSError where it refuses what was asked of files."""
         import docker
         import requests
 
@@ -342,6 +343,10 @@ class Docker:
             except docker.errors.NotFound as error:
                 raise FileNotFoundError(f"{what}: {error.explanation or error}") from error
             except (docker.errors.DockerException, requests.RequestException, ConnectionError) as error:
+                if (
+                    isinstance(error, docker.errors.APIError) and what in FILES
+                ):  # the daemon answers: the box is to blame
+                    raise OSError(f"{what}: {error.explanation or error}") from error
                 raise Failure(Cause.SANDBOX, f"docker: {what}: {error}") from error
 
     async def remove(self, box: DockerBox, container: str) -> None:
