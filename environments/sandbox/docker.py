@@ -333,7 +333,7 @@ class Docker:
         self._sweep()
 
     async def call(self, what: str, function: Callable[[Any], T]) -> T:
-        """A call to the daemon, in a thread. Raises Failure(SANDBOX), and OSError where it refuses what was asked of files."""
+        """A call to the daemon, in a thread. Raises Failure(SANDBOX), and OSError for what cannot be done with files."""
         import docker
         import requests
 
