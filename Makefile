@@ -6,10 +6,19 @@ BIN := $(VENV)/bin
 GROUP ?= main
 BAR ?=
 ARGS ?=
+# What boxes need, and the programs that shell tasks use; DEBIAN= installs none of them.
+DEBIAN ?= bubblewrap git sqlite3 make gcc libc6-dev zip unzip xz-utils bzip2 jq procps
 
-.PHONY: install train warmstart test bars pages lint types clean
+.PHONY: install debian train warmstart test bars pages lint types clean
 
-install: $(VENV)/.installed
+install: debian $(VENV)/.installed
+
+# Root installs what is missing; anyone else is told. Without it make train runs the environments that need no box.
+debian:
+	@dpkg-query --show $(DEBIAN) > /dev/null 2>&1 || \
+		{ [ "$$(id -u)" = 0 ] && timeout 300 apt-get update -qq && DEBIAN_FRONTEND=noninteractive timeout 600 \
+			apt-get install -qq -y --no-install-recommends $(DEBIAN) > /dev/null; } || \
+		echo "For boxes (terminal, SWE): apt-get install $(DEBIAN)"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \

@@ -1,4 +1,4 @@
-"""Write what the bars of group main measured for people: docs/learning.md and docs/real_model.md."""
+"""Write what the bars measured for people: docs/learning.md and docs/real_model.md."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ temperature 1; gains with 95 % intervals paired by task.
 
 The warm start has seen drills in copying and the environments' own solutions. A third of its demonstrations in math and
 search answer directly (the answer is right, but no small model can know it), so that RLVR finds which strategy is
-rewarded; it also stops while all three environments still improve. So a part of the gain is the use of the tools and a
-part is precision; greedy decoding, which hides the first, is shown beside it. No demonstration is wrong.
+rewarded; few demonstrations are of the shell; and it stops while all environments still improve. So a part of the gain
+is the use of the tools and a part is precision; greedy decoding, which hides the first, is shown beside it. No
+demonstration is wrong.
 Search with its tools taken away scores {toolless:.3f} after training.
 """
 CONTROL = """
@@ -35,6 +36,21 @@ PERMUTED = """
 The run of seed 0 with its rewards permuted among the episodes of each environment's batch gained {gain:+.3f} in the
 mean. The real run's return minus the permuted run's, after training: {apart}.
 The learning comes from the verifier.
+"""
+BOXES = """
+## Without a sandbox
+
+Where bubblewrap is missing, the same recipe says so and runs the other three environments:
+
+{three}
+
+## Repairs through the tools of a software engineer
+
+`palaestra train swe-mini`, measured by `make bars GROUP=sandbox BAR=8`: small functions, each a repository with a bug and
+hidden tests, repaired by `bash`, `view`, `edit` and `submit` in a box; {minutes:.0f} minutes for supervised
+demonstrations and RLVR. "Before" is the warm start, which has never seen them.
+
+{repairs}
 """
 REAL = """# A real small model
 
@@ -80,7 +96,14 @@ def levels(run: dict[str, Any]) -> str:
     )
 
 
-def learning(results: dict[str, Any]) -> str:
+def boxes(figures: dict[str, Any]) -> str:
+    """What bar 8 of group sandbox adds."""
+    three = table({"without bubblewrap": figures["without bubblewrap"]})
+    repairs = figures["swe-mini"]
+    return BOXES.format(three=three, repairs=table({"swe-mini": repairs}), minutes=repairs["minutes"])
+
+
+def learning(results: dict[str, Any], sandbox: dict[str, Any]) -> str:
     """The page."""
     first, machine = results["1"]["figures"], results["1"]["machine"]
     runs, control = first["runs"], first["control"]
@@ -99,6 +122,8 @@ def learning(results: dict[str, Any]) -> str:
         found = second["real minus permuted"].items()
         apart = ", ".join(f"{name} {mean:+.3f} [{low:+.3f}, {high:+.3f}]" for name, (mean, low, high) in found)
         parts.append(PERMUTED.format(gain=second["permuted"]["mean gain"], apart=apart))
+    if "8" in sandbox:
+        parts.append(boxes(sandbox["8"]["figures"]))
     return "\n".join(parts)
 
 
@@ -118,7 +143,7 @@ def real_model(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    results = json.loads((RESULTS / "main.json").read_text())
-    (ROOT / "docs" / "learning.md").write_text(learning(results))
+    results, sandbox = (json.loads((RESULTS / f"{group}.json").read_text()) for group in ("main", "sandbox"))
+    (ROOT / "docs" / "learning.md").write_text(learning(results, sandbox))
     if "training" in results.get("9", {}).get("figures", {}):
         (ROOT / "docs" / "real_model.md").write_text(real_model(results["9"]))
