@@ -104,11 +104,10 @@ def small(levels: tuple[int, ...]) -> Generated:
 
 
 def _small(level: int, r: random.Random) -> Drawn:
-    drawn = two_numbers(level, r)
-    names, right = drawn.data["parameters"], str(r.choice(drawn.data["expressions"]))
-    wrong = right
-    while _passes(drawn, wrong):
-        wrong = _mistaken(right, r)
+    drawn, right, mistakes = _mistakable(level, r)
+    while not mistakes:
+        drawn, right, mistakes = _mistakable(level, r)
+    names, wrong = drawn.data["parameters"], r.choice(mistakes)
     tests = drawn.data["tests"].replace("\n", "\n    ")
     data = {
         "files": {"small.py": _module(names, wrong)},
@@ -116,6 +115,13 @@ def _small(level: int, r: random.Random) -> Drawn:
         "solution": {"small.py": _module(names, right)},
     }
     return Drawn(f"small.py is wrong. {drawn.prompt.replace('Write', 'It should hold', 1)}", data)
+
+
+def _mistakable(level: int, r: random.Random) -> tuple[Drawn, str, list[str]]:
+    """A function, a right expression for it, and those wrong ones that its tests find out."""
+    drawn = two_numbers(level, r)
+    right = str(r.choice(drawn.data["expressions"]))
+    return drawn, right, [wrong for wrong in _mistaken(right) if not _passes(drawn, wrong)]
 
 
 def _module(parameters: str, expression: str) -> str:
@@ -135,9 +141,9 @@ def _passes(drawn: Drawn, expression: str) -> bool:
 MISTAKES = (("max(", "min("), ("min(", "max("), (" + ", " - "), (" - ", " + "), (" * ", " + "), ("abs(", "("), (" > ", " < "), (" < ", " > "))  # fmt: skip
 
 
-def _mistaken(right: str, r: random.Random) -> str:
-    """An expression with another operation, another function or a number that is off by one."""
+def _mistaken(right: str) -> list[str]:
+    """The expression with another operation, another function or a number that is off by one."""
     places = [(m.start(), old, new) for old, new in MISTAKES for m in re.finditer(re.escape(old), right)]
-    places += [(m.start(), m[0], str(int(m[0]) + r.choice((-1, 1)))) for m in re.finditer(r"\b\d+\b", right)]
-    start, old, new = r.choice(places)
-    return right[:start] + new + right[start + len(old) :]
+    for m in re.finditer(r"\b\d+\b", right):
+        places += [(m.start(), m[0], str(int(m[0]) + step)) for step in (-1, 1)]
+    return [right[:start] + new + right[start + len(old) :] for start, old, new in places]
