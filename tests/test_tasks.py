@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from itertools import islice
+from typing import Any
 
 import pytest
 
 from palaestra.gym.types import Task
-from palaestra.tasks import code, pipelines, real
+from palaestra.tasks import code, pipelines, real, repair
 from palaestra.tasks.code import functions
 from palaestra.tasks.math import word_problems
 from palaestra.tasks.search import lookups
@@ -33,7 +34,7 @@ def test_benchmarks_are_not_trained_on() -> None:
 CODE = [code.programs, code.gaps, code.predictions, code.repairs, code.suites]
 
 
-@pytest.mark.parametrize("make", [word_problems, functions, lookups, *CODE])
+@pytest.mark.parametrize("make", [word_problems, functions, lookups, repair.small, *CODE])
 def test_splits_are_disjoint_and_keys_find_their_tasks(make) -> None:  # type: ignore[no-untyped-def]
     tasks = make((2, 3))
     train, held = (list(islice(tasks(split, 1), 200)) for split in ("train", "held-out"))
@@ -52,3 +53,20 @@ def test_pipelines_of_the_first_level_are_more_than_a_million():
 @pytest.mark.parametrize("make", CODE)
 def test_prompts_of_pipelines_seldom_repeat(make):
     assert len({task.prompt for task in islice(make((1,))("train", 0), 400)}) > 380
+
+
+def _passes(files: dict[str, str], tests: str) -> bool:
+    space: dict[str, Any] = {}
+    exec(files["small.py"] + tests.replace("from small import f", ""), space)
+    try:
+        space["test_f"]()
+    except (AssertionError, ZeroDivisionError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_small_repairs_fail_their_tests_and_their_solutions_pass(level):
+    for task in islice(repair.small((level,))("train", 0), 300):
+        tests = task.data["tests"]["test_small.py"]
+        assert (_passes(task.data["files"], tests), _passes(task.data["solution"], tests)) == (False, True)

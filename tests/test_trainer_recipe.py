@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import pytest
 
 from palaestra.gym.registry import UsageError
@@ -31,8 +33,16 @@ def test_a_recipe_is_named_after_its_file_and_keeps_the_order_of_its_stages(tmp_
     assert isinstance(recipe.stages["after"], SftStage)
 
 
+@pytest.mark.parametrize("name", ["quickstart", "warmstart", "control", "swe-mini", "smollm2"])
+def test_the_tasks_of_a_shipped_recipe_can_be_drawn(name):
+    recipe = load(name)
+    for spec in recipe.specs().values():
+        for split in ("train", "held-out"):
+            assert list(islice(spec.tasks(split, recipe.seed), 100))
+
+
 def test_the_shipped_recipes_load():
-    assert list(load("quickstart").environments) == ["math", "code", "search"]
+    assert list(load("quickstart").environments) == ["math", "code", "search", "terminal"]
     assert load("warmstart").stages["sft"].optim.bias_step > 0
 
 

@@ -24,7 +24,7 @@ HEAD = ("versions.json", "versions.json.part", "recipe.json.part")
 
 def train(
     recipe: Annotated[
-        str, typer.Argument(help="a shipped recipe (quickstart, warmstart, control, smollm2) or FILE.toml")
+        str, typer.Argument(help="a shipped recipe (quickstart, warmstart, control, swe-mini, smollm2) or FILE.toml")
     ],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="the value is TOML")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with an unfinished run, or begin it")] = False,
