@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from bars import Measured
-from learning import gains, learns, quickstart, three_seeds, train
+from learning import gains, learns, mean, quickstart, rows, three_seeds, train
 
 SWE_MINUTES = 30
+STEPS = 5
 
 
 def learning() -> Measured:
@@ -18,7 +19,7 @@ def learning() -> Measured:
     four = three_seeds()
     environments = sorted(four.figures["runs"]["seed 0"]["environments"])
     three = gains(_without_bubblewrap())
-    repairs = gains(train("swe-mini", "swe-mini"))
+    repairs = _repairs(train("swe-mini", "swe-mini"))
     figures: dict[str, Any] = {
         "environments": environments,
         "missed": four.figures["missed"],
@@ -30,6 +31,15 @@ def learning() -> Measured:
     }
     met = four.met and "terminal" in environments and "terminal" not in three["environments"]
     return Measured(met and not learns(three) and repairs["minutes"] <= SWE_MINUTES, figures)
+
+
+def _repairs(folder: Path) -> dict[str, Any]:
+    """The gains of swe-mini, and what RLVR added to the demonstrations."""
+    returns = [row["reward/swe"] for row in rows(folder) if row["stage"] == "rlvr"]
+    return {
+        **gains(folder),
+        "RLVR, first and last steps": [round(mean(returns[:STEPS]), 3), round(mean(returns[-STEPS:]), 3)],
+    }
 
 
 def _without_bubblewrap() -> Path:

@@ -13,12 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from palaestra.environments import harbor_export
 from palaestra.environments import terminal_state as state
-from palaestra.environments.sandbox.backends import Backend, lacks, open_backend
+from palaestra.environments.sandbox.backends import Backend, ready_backend
 from palaestra.gym.environment import Environment, metric, reward, tool
 from palaestra.gym.outcome import Cause, Failure
 from palaestra.gym.sandbox import Box, BoxLimits, Capabilities, Entry
 from palaestra.gym.types import Message, Task, ToolCall
-from palaestra.tasks.terminal import shell_tasks
+from palaestra.tasks.terminal import PROGRAMS, shell_tasks
 from palaestra.tasks.terminal.puzzle import Node, Tree
 
 NEEDS = Capabilities(isolation=True, no_network=True)
@@ -55,14 +55,10 @@ class Terminal(Environment):
         return shell_tasks(config.levels, config.families)
 
     @classmethod
-    async def lacks(cls, config: Any) -> str:
-        """A sandbox, perhaps."""
-        return await lacks(config.backend, NEEDS, config.image, config.limits)
-
-    @classmethod
     async def open(cls, config: Any) -> Backend:
-        """The sandbox. Raises UsageError where it gives less than these tasks need."""
-        return open_backend(config.backend, NEEDS)
+        """The sandbox. Raises UsageError where it gives less than these tasks need, or its image lacks a program."""
+        programs = {program for family in config.families or PROGRAMS for program in PROGRAMS.get(family, ())}
+        return await ready_backend(config, NEEDS, programs)
 
     @classmethod
     async def shut(cls, resources: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, overload
 
 from pydantic import BaseModel, ConfigDict
 
+from palaestra.gym.outcome import Failure
 from palaestra.gym.policy import Policy
 from palaestra.gym.registry import UsageError, one_line, place
 from palaestra.gym.tasksets import TaskSet, of_split
@@ -107,8 +108,12 @@ class Environment:
 
     @classmethod
     async def lacks(cls, config: Any) -> str:
-        """Why this machine cannot play such episodes; empty where it can. A recipe leaves out an environment that is
-        `optional` and lacks something."""
+        """Why this machine cannot play such episodes, in the words of `open`; empty where it can. A recipe leaves out
+        an environment that is `optional` and lacks something."""
+        try:
+            await cls.shut(await cls.open(config))
+        except (UsageError, Failure) as reason:
+            return str(reason)
         return ""
 
     @classmethod

@@ -18,7 +18,7 @@ from palaestra.gym.policies import Null
 from palaestra.gym.policy import Replay
 from palaestra.gym.sandbox import Entry
 from palaestra.gym.types import Message, Sampling, ToolCall
-from palaestra.tasks.terminal import FAMILIES, drawn, shell_tasks
+from palaestra.tasks.terminal import FAMILIES, PROGRAMS, drawn, shell_tasks
 from palaestra.tasks.terminal.puzzle import with_folders
 
 pytestmark = pytest.mark.skipif(bool(lacks_native()), reason="no native sandbox on this machine")
@@ -157,6 +157,13 @@ def test_what_is_no_archive_is_said_to_be_none(form):
 
 def test_folders_stand_before_what_they_hold():
     assert list(with_folders({"a/b/c": task_of("first", FAMILIES["first"][0], 1, 1) and None})) == ["a", "a/b", "a/b/c"]
+
+
+async def test_an_image_that_lacks_a_program_is_refused_by_name(monkeypatch):
+    monkeypatch.setitem(PROGRAMS, "archives", ("tar", "no-such-packer"))
+    monkeypatch.setitem(PROGRAMS, "texts", ())
+    assert "lacks no-such-packer" in await Terminal.lacks(Terminal.Config(families=("archives", "texts")))
+    assert not await Terminal.lacks(Terminal.Config(families=("texts",)))
 
 
 @pytest.mark.skipif("docker" not in ISOLATING, reason="no Docker daemon")

@@ -46,6 +46,44 @@ def test_a_dry_run_shows_the_resolved_recipe_and_writes_nothing(command, tmp_pat
     assert not (tmp_path / "runs").exists()
 
 
+NEEDY = """
+from palaestra.gym.registry import UsageError
+from toy_world import Toy
+
+
+class Needy(Toy):
+    @classmethod
+    async def open(cls, config):
+        raise UsageError("no such machine")
+"""
+
+
+@pytest.fixture
+def needy(tmp_path, monkeypatch):
+    """Overrides that add an environment which this machine cannot play."""
+    (tmp_path / "toy_world.py").write_text(toy.WORLD)
+    (tmp_path / "needy.py").write_text(NEEDY)
+    monkeypatch.syspath_prepend(tmp_path)
+    return [f'environments.more.use="{tmp_path / "needy.py"}:Needy"', "environments.more.optional=true"]
+
+
+def test_an_optional_environment_is_left_out_where_the_machine_lacks_what_it_needs(command, needy):
+    done = command(*needy, "--dry-run")
+    assert "without more: no such machine" in done.stderr
+    assert list(json.loads(done.stdout)["environments"]) == ["toy", "other"]
+
+
+def test_an_environment_that_is_needed_is_not_left_out(command, needy):
+    done = command(needy[0], "stages.rl.steps=1", "evaluation.tasks=3")
+    assert isinstance(done.exception, UsageError)
+    assert "no such machine" in str(done.exception)
+
+
+def test_a_run_of_nothing_but_what_cannot_be_played_is_refused(command, needy):
+    done = command(*(override.replace("more", name) for name in ("toy", "other") for override in needy))
+    assert "can play none of the environments" in str(done.exception)
+
+
 def test_a_run_ends_with_a_line_for_each_environment(command, tmp_path):
     done = command("stages.rl.steps=1", "evaluation.tasks=3")
     assert done.exit_code == 0, done.output

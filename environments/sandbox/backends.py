@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from palaestra.environments.sandbox.docker import Docker
 from palaestra.environments.sandbox.native import Native
 from palaestra.environments.sandbox.process import ProcessBackend
-from palaestra.gym.outcome import Failure
 from palaestra.gym.registry import UsageError
 from palaestra.gym.sandbox import BoxLimits, Capabilities, Sandbox
 
@@ -26,6 +25,7 @@ class Backend(Sandbox, Protocol):
         ...
 
 
+ASK_SECONDS = 30.0
 BACKENDS: dict[str, Callable[[], Backend]] = {"native": Native, "docker": Docker, "process": ProcessBackend}
 
 
@@ -57,17 +57,37 @@ def open_backend(name: str = "auto", needs: Capabilities | None = None) -> Backe
     return backend
 
 
-async def lacks(name: str, needs: Capabilities, image: str, limits: BoxLimits) -> str:
-    """Why no such box can be made on this machine; empty where one could."""
+class Boxes(Protocol):
+    """The part of an environment's configuration that its boxes are made by."""
+
+    @property
+    def backend(self) -> str: ...
+    @property
+    def image(self) -> str: ...
+    @property
+    def limits(self) -> BoxLimits: ...
+
+
+async def ready_backend(config: Boxes, needs: Capabilities, programs: Iterable[str] = ()) -> Backend:
+    """The backend, after it has made a box of the image in which all the programs are.
+
+    Raises UsageError as `open_backend` does, and naming what the image lacks; Failure where no box can be made.
+    """
+    backend = open_backend(config.backend, needs)
     try:
-        backend = open_backend(name, needs)
-        try:
-            await (await backend.create(image, limits)).destroy()
-        finally:
-            await backend.close()
-    except (UsageError, Failure) as reason:
-        return str(reason)
-    return ""
+        box = await backend.create(config.image, config.limits)
+        asked = "; ".join(f"command -v {program} > /dev/null || echo {program}" for program in sorted(programs))
+        missing = (await box.exec(asked or "true", ASK_SECONDS)).output.decode().split()
+        await box.destroy()
+        if missing:
+            raise UsageError(
+                f"image {config.image} of the sandbox lacks {', '.join(missing)}, which this environment's tasks use; "
+                "install it there, or choose another image"
+            )
+    except BaseException:
+        await backend.close()
+        raise
+    return backend
 
 
 def refuse(name: str, given: Capabilities, needs: Capabilities | None) -> None:

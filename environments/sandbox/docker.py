@@ -333,7 +333,7 @@ class Docker:
         self._sweep()
 
     async def call(self, what: str, function: Callable[[Any], T]) -> T:
-        """A call to the daemon, in a thread. Raises Failure(SANDBOX), and OSError for what cannot be done with files."""
+        """A call to the daemon, in a thread. Raises Failure(SANDBOX), or OSError where files forbid it."""
         import docker
         import requests
 

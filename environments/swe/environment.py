@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from palaestra.environments.sandbox.backends import Backend, lacks, open_backend
+from palaestra.environments.sandbox.backends import Backend, open_backend, ready_backend
 from palaestra.environments.swe.build import build_all
 from palaestra.environments.swe.repository import repository, whole
 from palaestra.environments.swe.tests_run import REPO, placed
@@ -81,14 +81,9 @@ class Swe(Environment):
             await backend.close()
 
     @classmethod
-    async def lacks(cls, config: Any) -> str:
-        """A sandbox, perhaps."""
-        return await lacks(config.backend, NEEDS, config.image, config.limits)
-
-    @classmethod
     async def open(cls, config: Any) -> Backend:
-        """The sandbox. Raises UsageError where it gives less than these tasks need."""
-        return open_backend(config.backend, NEEDS)
+        """The sandbox. Raises UsageError where it gives less than these tasks need, or its image lacks a program."""
+        return await ready_backend(config, NEEDS, ("git", "python3"))
 
     @classmethod
     async def shut(cls, resources: Any) -> None:

@@ -36,6 +36,16 @@ FAMILIES: dict[str, tuple[Template, ...]] = {
     "chains": chains.TEMPLATES,
 }
 
+PROGRAMS: dict[str, tuple[str, ...]] = {
+    "archives": ("tar", "xz", "python3"),
+    "repositories": ("git",),
+    "databases": ("sqlite3",),
+    "services": ("pgrep", "pkill", "python3"),
+    "builds": ("make", "gcc"),
+    "configs": ("python3",),
+}
+"""What the families' tasks take for granted, beyond what every Debian has."""
+
 
 def shell_tasks(levels: Sequence[int], families: Sequence[str] = ()) -> Generated:
     """Tasks of the families (all of them, when none is named), the levels in turn. Raises ValueError for a family that
