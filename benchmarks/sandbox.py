@@ -8,6 +8,7 @@ import json
 import statistics
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from palaestra.environments.sandbox.backends import Backend, open_backend
 from palaestra.environments.sandbox.base import NAME
 from palaestra.gym.sandbox import BoxLimits
 
-ROUNDS, WITHIN, LIVE = 9, 200, 64
+ROUNDS, CYCLES, WITHIN, LIVE = 7, 10, 200, 64
 LIMITS = BoxLimits(memory=256 << 20)
 IMAGES = {"native": "host", "docker": NAME}
 
@@ -104,7 +105,7 @@ async def measure(names: list[str], cycles: dict[str, int]) -> dict[str, Any]:
         rounds: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(ROUNDS):
             for name, backend in backends.items():
-                rounds[name].append(await timed(lambda backend=backend, name=name: cycle(backend, IMAGES[name])))
+                rounds[name] += [await timed(partial(cycle, backend, IMAGES[name])) for _ in range(CYCLES)]
         for name, backend in backends.items():
             found[name]["cycle, ms"] = round(1000 * statistics.median(rounds[name]), 2)
             found[name]["command, ms"] = round(1000 * await within(backend, IMAGES[name]), 3)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -46,21 +47,21 @@ class Group:
 
     def __init__(self, name: str, limits: BoxLimits) -> None:
         self.folders: list[Path] = []
-        made = parents()
+        made = {controller: parent / owner_name() / name for controller, parent in parents().items()}
         try:
-            for folder in dict.fromkeys(parent / owner_name() / name for parent in made.values()):
-                self._make(folder)
-            for controller, parent in made.items():
-                _limit(parent / owner_name() / name, controller, limits)
+            for folder in dict.fromkeys(made.values()):
+                self._make(folder, made)
+            for controller, folder in made.items():
+                _limit(folder, controller, limits)
         except OSError:
             self.remove()
             raise
 
-    def _make(self, folder: Path) -> None:
+    def _make(self, folder: Path, controllers: Iterable[str]) -> None:
         folder.parent.mkdir(exist_ok=True)
         if (folder.parent.parent / "cgroup.subtree_control").exists():
             for level in (folder.parent.parent, folder.parent):
-                (level / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in parents()))
+                (level / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in controllers))
         folder.mkdir()
         self.folders.append(folder)
 

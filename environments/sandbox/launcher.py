@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import gc
 import json
 import os
 import resource
@@ -281,6 +282,7 @@ def _lower(kind: int, value: int) -> None:
 def main() -> None:
     """Serve the socket whose number is the first argument."""
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    gc.disable()  # a collection would touch, and so copy, the pages that a fork shares
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's business
     signal.signal(signal.SIGCHLD, lambda *_: None)  # it wakes the loop
     channel = socket.socket(fileno=int(sys.argv[1]))

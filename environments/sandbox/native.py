@@ -29,16 +29,7 @@ NAMESPACES = ("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"
 KEPT_CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "SETUID", "SETGID", "KILL", "NET_BIND_SERVICE")
 ENVIRONMENT = {"HOME": "/root", "LANG": "C.UTF-8", "TERM": "dumb"}
 HOST_LINKS = ("bin", "sbin", "lib", "lib64", "lib32")
-HOST_ETC = (
-    "alternatives",
-    "ld.so.cache",
-    "ld.so.conf",
-    "ld.so.conf.d",
-    "passwd",
-    "group",
-    "nsswitch.conf",
-    "mime.types",
-)
+HOST_ETC = ("alternatives", "ld.so.cache", "passwd", "group", "nsswitch.conf", "mime.types")
 KILLED = (128 + signal.SIGKILL, -signal.SIGKILL)
 """Statuses of an init, or of bubblewrap above it, that SIGKILL ended: only this machine can send them that."""
 MASKED = [part for name in ("cmdline", "keys") for part in ("--ro-bind-try", "/dev/null", f"/proc/{name}")]
@@ -165,6 +156,7 @@ class NativeBox:
         try:
             await self.shell.close()
             await _gone(self._handle)
+            await _gone(self._monitor)  # it, too, is in the control groups
         finally:
             self._group.remove()
             self._launcher.forget(self._number)
@@ -172,16 +164,16 @@ class NativeBox:
             os.close(self._monitor)
 
 
-async def _gone(init: int) -> None:
-    """Wait until a namespace's init has ended, which the kernel lets it when all in it have. Raises Failure."""
+async def _gone(handle: int) -> None:
+    """Wait until a process has ended; the kernel lets a namespace's init end when all in it have. Raises Failure."""
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(init, ended.set)
+    loop.add_reader(handle, ended.set)
     try:
         await asyncio.wait_for(ended.wait(), launching.SECONDS)
     except TimeoutError:
         raise Failure(Cause.SANDBOX, f"native: a killed box still lives after {launching.SECONDS:g} s") from None
     finally:
-        loop.remove_reader(init)
+        loop.remove_reader(handle)
 
 
 class Native:
