@@ -258,6 +258,20 @@ async def test_a_box_of_an_image_writes_beside_it(store, tmp_path):
     assert sorted(path.name for path in (images.find("tiny").root / "etc").iterdir()) == ["old", "secret"]
 
 
+@pytest.mark.skipif("native" not in ISOLATING, reason="no native backend")
+async def test_backends_of_one_process_leave_each_others_boxes_alone():
+    first, second = open_backend("native"), open_backend("native")
+    box = await first.create("host", SMALL)
+    try:
+        await second.create("host", SMALL)
+        await second.close()
+        assert (await box.exec("echo here", 5)).output == b"here\n"
+    finally:
+        await box.destroy()
+        await first.close()
+    assert not (cgroups.ROOT / "pids" / cgroups.owner_name()).exists()
+
+
 def _with_libraries(program: Path, root: Path, name: str) -> None:
     """Copy a program and what it is linked to."""
     listed = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout

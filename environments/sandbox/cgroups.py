@@ -112,13 +112,14 @@ def _remove(folder: Path) -> None:
             time.sleep(0.002)
 
 
-def disown() -> None:
-    """Remove this process's own folders, once its boxes are gone."""
+def disown(prefix: str) -> None:
+    """Remove those of this process's groups whose names begin so, and their folder with the last."""
     for parent in dict.fromkeys(parents().values()):
         folder = parent / owner_name()
-        if folder.exists():
-            for box in (*folder.glob("*/"), folder):
-                _remove(box)
+        for box in folder.glob(f"{prefix}*/"):
+            _remove(box)
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def sweep() -> list[Path]:

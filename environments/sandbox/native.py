@@ -23,6 +23,8 @@ from palaestra.gym.sandbox import BoxLimits, Capabilities, Destroyed, Entry, Exe
 
 RANGE, FIRST, SLOTS = 1 << 16, 0x71000000, 4096
 """Ids of one box; where the boxes' ids begin on the host; how many boxes have ids of their own at once."""
+NUMBERS = itertools.count(secrets.randbelow(SLOTS))
+"""Of this process's boxes, whatever their backend; begun anywhere, so that other processes seldom use the same ids."""
 SHM, READ, COLLECTED = 64 << 20, 10 << 20, 256 << 20
 """Bytes of shared memory; of a file that is read; of all changed files together."""
 NAMESPACES = ("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try")
@@ -185,9 +187,8 @@ class Native:
             isolation=True, memory="memory" in groups, disk_quota=True, processes="pids" in groups, no_network=True
         )
         self._launching = Launching()
-        self._slots = itertools.count()
+        self._name = f"boxes-{id(self):x}-"
         self._skeleton: Mapping[str, Entry | None] = {}
-        self._first = secrets.randbelow(SLOTS)  # so that owners beside us seldom use the same ids
         sweep()
         launching.sweep()
 
@@ -233,8 +234,8 @@ class Native:
         descriptors: Sequence[int],
         shell: Callable[..., Shell],
     ) -> NativeBox:
-        slot = next(self._slots)
-        group = Group(f"box-{slot}", limits)
+        slot = next(NUMBERS)
+        group = Group(f"{self._name}{slot}", limits)
         try:
             answer = await self._launching.launch(self._request(image, limits, group, slot, command), descriptors)
             return NativeBox(self._launching, image, answer, group, shell)
@@ -253,7 +254,7 @@ class Native:
     ) -> dict[str, Any]:
         return {
             "image": "" if image is HOST_IMAGE else str(image.root),
-            "base": FIRST + RANGE * ((self._first + slot) % SLOTS) if os.geteuid() == 0 else None,
+            "base": FIRST + RANGE * (slot % SLOTS) if os.geteuid() == 0 else None,
             "disk": limits.disk,
             "inodes": limits.inodes,
             "groups": [str(folder / "cgroup.procs") for folder in group.folders],
@@ -281,4 +282,4 @@ class Native:
     async def close(self) -> None:
         """End everything."""
         self._launching.close()
-        disown()
+        disown(self._name)
