@@ -266,6 +266,9 @@ class _Run:
         return Outcome(cause=Cause.ENVIRONMENT, detail=f"{self._name}.{name} returned {given}; {wanted}")
 
     def _result(self) -> Reward:
+        """The weighted sum; none where anything was lost, be it a metric: such an episode is played again."""
+        if not RULES[self._outcome.cause].graded:
+            return Unscored(cause=self._outcome.cause, detail=self._outcome.detail)
         total = 0.0
         for judge in judges(type(self._environment)):
             if not judge.weight:

@@ -30,7 +30,7 @@ from typing import Any
 from palaestra.gym import threads
 from palaestra.gym.outcome import Cause, Failure
 
-START_SECONDS = 60.0
+START_SECONDS, FREE_SECONDS = 60.0, 600.0
 _FOREVER = 1e9
 _HEADER = struct.Struct("<Q")
 
@@ -126,7 +126,7 @@ class _Workers:
             self._free.put(None)
 
     def call(self, job: tuple[Any, ...], timeout: float, answer: _Answer | None) -> tuple[str, Any]:
-        worker = self._free.get(timeout=max(timeout, 1.0) * 100)
+        worker = self._free.get(timeout=FREE_SECONDS)
         try:
             if worker is None:
                 worker = _Worker()
@@ -179,7 +179,9 @@ def run(fn: Callable[..., Any], *args: Any, timeout: float, answer: _Answer | No
         raise unanswered.error from None
     except TimeoutError as error:
         raise Failure(Cause.VERIFIER, f"worker {name} did not answer within {timeout:g} s") from error
-    except (WorkerDied, queue.Empty) as error:
+    except queue.Empty as error:
+        raise Failure(Cause.VERIFIER, f"no worker process came free for {name} within {FREE_SECONDS:g} s") from error
+    except WorkerDied as error:
         raise Failure(Cause.VERIFIER, f"worker process died in {name}") from error
     if word == "returned":
         return value

@@ -88,8 +88,8 @@ FUNCTIONS = {
 }  # fmt: skip
 """For `assert f(1, 2) == 2` and `assert f(3, 2) == 3`."""
 
-LEAVES = "import os\nfor place in ('/tmp', '/dev/shm', '/var/tmp', '/opt', '/work', '/', os.getcwd()):\n    try: open(place + '/left', 'w').close()\n    except OSError: pass\n"
-FINDS = "if any(os.path.exists(place + '/left') for place in ('/tmp', '/dev/shm', '/var/tmp', '/opt', '/work', '/', os.getcwd())):\n"
+LEAVES = "import os\nfor place in ('/tmp', '/dev/shm', '/var/tmp', '/opt', '/work', '/run/lock', '/', os.getcwd()):\n    try: open(place + '/left', 'w').close()\n    except OSError: pass\n"
+FINDS = "if any(os.path.exists(place + '/left') for place in ('/tmp', '/dev/shm', '/var/tmp', '/opt', '/work', '/run/lock', '/', os.getcwd())):\n"
 MESSAGES = LEAVES + FINDS.replace("if", "seen =").replace(":\n", "\n")
 
 PROGRAMS = {

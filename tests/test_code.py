@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from boxes import IMAGES, ISOLATING, enforcing
 from code_hacks import FUNCTIONS, LEAVES, LONG, PROGRAMS, SUITES
 
-from palaestra.environments.code import Code, boxes
+from palaestra.environments.code import Code, boxes, environment, forks, kinds
 from palaestra.environments.code.environment import GENERATED, REAL
 from palaestra.environments.code.kinds import filled, kind_of
 from palaestra.environments.code.literal import predicted
@@ -397,3 +398,58 @@ async def test_the_processes_of_a_box_have_so_much_memory_together(name, monkeyp
         assert not await place.passes(MAXIMUM, HOARD)
     finally:
         await Code.shut(place.resources)
+
+
+ORDINARY = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import server
+os.setgroups([])
+os.setresgid(12345, 12345, 12345)
+os.setresuid(12345, 12345, 12345)
+server._libc.prctl(4, 1, 0, 0, 0)  # dumpable, as who was never root is
+assert server.leave_namespaces(), "refused"
+if os.fork() == 0:
+    server._see_own_processes_alone()
+    server._give_up_user(1)
+    try:
+        os.kill(-1, 9)
+        print("killed others")
+    except ProcessLookupError:
+        pass
+    for place in ("/run/lock/left", "/var/lock/left", sys.argv[2] + "/left"):
+        try:
+            open(place, "w")
+            print("wrote", place)
+        except OSError:
+            pass
+    status = dict(line.split(":\\t", 1) for line in open("/proc/self/status").read().splitlines())
+    hidden = server.HIDDEN[0]
+    print(int(status["CapEff"], 16), os.path.isdir(hidden) and os.listdir(hidden) or [], flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes another user on")
+def test_an_ordinary_users_reply_finds_nobody_and_writes_nowhere(tmp_path):
+    tmp_path.chmod(0o777)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", ORDINARY, str(forks.SCRIPT.parent), str(tmp_path)], capture_output=True, text=True
+    )
+    if "refused" in done.stderr:
+        pytest.skip("ordinary users may make no namespaces here")
+    assert done.stdout == "0 []\n", done.stderr
+
+
+def test_where_nothing_contains_a_reply_that_is_said(monkeypatch):
+    monkeypatch.setattr(environment, "contained", lambda: False)
+    with pytest.warns(UserWarning, match="limits and nothing more"):
+        asyncio.run(Code.open(Code.Config()))
+
+
+def test_rows_that_run_in_one_process_with_their_tests_are_not_trained_on(tmp_path):
+    row = {"prompt": "f?", "entry_point": "f", "tests": "assert f() == 1"}
+    lines = [json.dumps(row), json.dumps({**row, "prompt": "g?", "one_process": True})]
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    assert [task.source.trainable for task in kinds.own(str(tmp_path / "own.jsonl"))] == [True, False]

@@ -338,3 +338,19 @@ def test_a_judge_that_exits_ends_its_episode_alone():
     episode = play(Exits(), [say("x")])
     assert episode.outcome.cause is Cause.ENVIRONMENT
     assert "Exits.verdict raised SystemExit: 3" in episode.outcome.detail
+
+
+class LosesItsMetric(Adder):
+    @reward
+    def right(self, answer):
+        return 1.0
+
+    @metric
+    def late(self):
+        raise Failure(Cause.SANDBOX, "the box is gone")
+
+
+def test_an_episode_that_lost_a_metric_to_the_machine_is_not_scored():
+    episode = play(LosesItsMetric(LosesItsMetric.Config()), [say("5")])
+    assert episode.outcome.cause is Cause.SANDBOX
+    assert episode.result == Unscored(cause=Cause.SANDBOX, detail="the box is gone")

@@ -48,6 +48,18 @@ async def said(box, command, seconds=10.0):
     return (await box.exec(command, seconds)).output.decode(errors="replace")
 
 
+INIT_MEMORY = """
+address = int(open('/proc/1/maps').readline().partition('-')[0], 16)
+for path in ('/proc/1/mem', '/proc/1/task/1/mem'):
+    try:
+        memory = open(path, 'r+b', 0)
+        memory.seek(address)
+        print('broke', memory.read(4))
+    except OSError:
+        pass
+"""
+
+
 class Attempt(NamedTuple):
     """A command that must not print `broke`, in a box that must live on."""
 
@@ -80,7 +92,7 @@ ATTEMPTS = [
     Attempt("kernel log", unreadable("/dev/kmsg")),
     Attempt("control groups", "for file in $(find /sys/fs/cgroup -type f 2>/dev/null); do (echo 1 > $file) 2>/dev/null && echo broke; done; true"),
     Attempt("sysfs", write("/sys/power/state")),
-    Attempt("memory of init", unreadable("/proc/1/mem")),
+    Attempt("memory of init", python(INIT_MEMORY), backends=("native",)),  # docker: the box's own processes
     # namespaces and mounts
     Attempt("nested user namespace", "unshare -U true 2>/dev/null && echo broke; true"),
     Attempt("nested mount namespace", "unshare -m true 2>/dev/null && echo broke; true"),
@@ -121,7 +133,7 @@ ATTEMPTS = [
     # identities
     Attempt("raise a limit", python("import resource\ntry: resource.setrlimit(resource.RLIMIT_NOFILE, (1 << 20, 1 << 20)); print('broke')\nexcept (OSError, ValueError): pass")),
     Attempt("gain by setuid", python("import os\nstatus = open('/proc/self/status').read()\nassert 'NoNewPrivs:\\t1' in status\nprint('broke' if 'CapEff:\\t000001ff' in status else '')")),
-    Attempt("capabilities", "grep CapEff /proc/self/status | grep -qE '[2-9a-f]......$|000001ff' && grep CapEff /proc/self/status | cut -f2 | python3 -c \"print('broke' if int(input(), 16) & ~0x4eb else '')\"; true"),
+    Attempt("capabilities", "grep CapEff /proc/self/status | cut -f2 | python3 -c \"print('broke' if int(input(), 16) & ~0x4eb else '')\"; true"),
     # what is not for it
     Attempt("parent's environment", f"cat /proc/*/environ 2>/dev/null | grep -qa {SECRET} && echo broke; env | grep -q {SECRET} && echo broke; true"),
     Attempt("homes and projects", "ls /root/.ssh /home/* /work/main /mnt/* /media/* 2>/dev/null | grep -q . && echo broke; true"),

@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from boxes import ISOLATING
@@ -27,6 +28,7 @@ from palaestra.gym.registry import spec
 
 pytestmark = pytest.mark.slow
 GOLD = "scripted:gold"
+FULL = "PALAESTRA_TEST_FULL_DISK"
 EASY = {"families": ["first", "files"], "levels": [1]}
 native = pytest.mark.skipif("native" not in ISOLATING, reason="no native sandbox on this machine")
 
@@ -62,6 +64,19 @@ class Hogs(Terminal):
         return await super().bash(command)
 
 
+class Narrow(Terminal):
+    """Terminal whose launcher ends before the first episode, on a machine whose disk (FULL) is full by then."""
+
+    @classmethod
+    async def open(cls, config: Any) -> Any:
+        backend = await super().open(config)
+        backend._launching.close()
+        if disk := os.environ.get(FULL):
+            Path(disk, "the-last-inode").touch()
+            subprocess.run(["mount", "-o", "remount,nr_inodes=2", disk], check=True)
+        return backend
+
+
 def contest(reference: str, config: dict, tasks: int) -> Contest:
     return Contest({GOLD: build(GOLD)}, [spec(reference, config)], Plan(tasks=tasks, concurrency=8))
 
@@ -78,7 +93,7 @@ async def test_boxes_and_launchers_killed_in_mid_episode_cost_retries_and_no_sco
     record_property("outcomes", json.dumps(outcomes(rows)))
     assert len(rows) == 150
     assert {row.outcome for row in rows} <= {Cause.OK, Cause.SANDBOX}, [row.detail for row in rows]
-    assert all(row.reward == (1.0 if row.outcome == Cause.OK else None) for row in rows)
+    assert [row for row in rows if row.reward != (1.0 if row.outcome == Cause.OK else None)] == []
     assert all("native:" in row.detail for row in rows if row.reward is None)
     assert sum(row.outcome == Cause.OK for row in rows) > 100, "a fifth of the tries fails; each is tried again"
 
@@ -97,14 +112,14 @@ async def test_a_full_disk_of_this_machine_leaves_episodes_unscored_until_there_
     tmp_path, monkeypatch, record_property
 ):
     disk = Path(tempfile.mkdtemp(prefix="palaestra-test-"))  # where boxes' own ids may go, as they may in /tmp
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k,nr_inodes=2,mode=755", "tmpfs", disk], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k,nr_inodes=99,mode=755", "tmpfs", disk], check=True)
     try:
-        (disk / "the-last-inode").touch()
         monkeypatch.setattr(launching, "STAGES", disk)
-        plan = contest("terminal", EASY, 12)
+        monkeypatch.setenv(FULL, str(disk))
+        plan = contest(f"{__file__}:Narrow", EASY, 12)
         full = await evaluate(plan, tmp_path / "run")
-        (disk / "the-last-inode").unlink()
-        subprocess.run(["mount", "-o", "remount,nr_inodes=1000", disk], check=True)
+        monkeypatch.delenv(FULL)
+        subprocess.run(["mount", "-o", "remount,nr_inodes=99", disk], check=True)
         again = await evaluate(plan, tmp_path / "run")
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
@@ -142,7 +157,7 @@ async def test_a_daemon_that_is_stopped_in_mid_run_costs_no_score(tmp_path, monk
     record_property("outcomes", json.dumps(outcomes(rows)))
     record_property("after the same command again", json.dumps(outcomes(again)))
     assert {row.outcome for row in rows} <= {Cause.OK, Cause.SANDBOX}
-    assert all(row.reward == (1.0 if row.outcome == Cause.OK else None) for row in rows)
+    assert [row for row in rows if row.reward != (1.0 if row.outcome == Cause.OK else None)] == []
     assert {row.reward for row in again} == {1.0}
     assert relay.cut, "the daemon was to be stopped in mid-episode"
 

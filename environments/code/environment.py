@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import warnings
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from palaestra.environments.code import kinds
 from palaestra.environments.code.boxes import Boxes
+from palaestra.environments.code.forks import UNCONTAINED, contained
 from palaestra.environments.code.judge import SECONDS, Verdict, judge, judge_in_boxes
 from palaestra.environments.code.literal import predicted
 from palaestra.environments.sandbox.backends import Backend, open_backend
@@ -71,7 +73,11 @@ class Code(Environment):
     @classmethod
     async def open(cls, config: Any) -> Backend | None:
         """The sandbox, where replies run in one. Raises UsageError where it gives less than is needed."""
-        return None if config.backend == FORK else open_backend(config.backend, NEEDS)
+        if config.backend != FORK:
+            return open_backend(config.backend, NEEDS)
+        if not contained():
+            warnings.warn(UNCONTAINED, stacklevel=2)
+        return None
 
     @classmethod
     async def shut(cls, resources: Any) -> None:

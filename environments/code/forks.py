@@ -1,12 +1,13 @@
 """A reply's process by the fork server: milliseconds each. Used in worker processes.
 
-As root it is another user in process, network, IPC and mount namespaces of its own, which sees none of our files. Where
-the kernel refuses, a process with limits is all that it is: use a sandbox there.
+It is in process, network, IPC and mount namespaces of its own, sees none of our files, and as root it is another user.
+Where the kernel refuses those, a process with limits is all that it is: use a sandbox there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -20,6 +21,11 @@ from pathlib import Path
 from palaestra.environments.code.plain import received
 from palaestra.gym.outcome import Cause, Failure
 
+SCRIPT = Path(__file__).with_name("server.py")
+UNCONTAINED = (
+    "this machine lets an ordinary user make no namespaces: replies to code tasks run as you, with limits and nothing "
+    "more. Run as root, allow user namespaces, or choose a sandbox (environments.code.config.backend)"
+)
 START_SECONDS, END_SECONDS = 30.0, 5.0
 NUMBER = struct.Struct("<I")
 
@@ -28,14 +34,21 @@ Carry = Callable[[bytes, float], bytes]
 ValueError where none comes, TimeoutError."""
 
 
+@functools.cache
+def contained() -> bool:
+    """Whether replies' processes have namespaces of their own on this machine."""
+    return (
+        subprocess.run([sys.executable, "-I", str(SCRIPT), "try"], timeout=START_SECONDS, check=False).returncode == 0
+    )
+
+
 class _Server:
     """The fork server, one a worker process."""
 
     def __init__(self) -> None:
         self._control, theirs = socket.socketpair()
-        script = Path(__file__).with_name("server.py")
         self._process = subprocess.Popen(
-            [sys.executable, "-I", str(script), str(theirs.fileno())],
+            [sys.executable, "-I", str(SCRIPT), str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             env={"PATH": os.environ.get("PATH", "")},

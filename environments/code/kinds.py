@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from palaestra.gym.tasksets import Rows, read_rows, rows
-from palaestra.gym.types import Source
+from palaestra.gym.types import Source, Task
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "stdio": ("cases",),
@@ -38,7 +38,14 @@ def kind_of(row: Mapping[str, Any]) -> str:
 def own(path: str) -> Rows:
     """The rows of a JSONL or Parquet file; each says what kind it is. Raises ValueError naming a row that fits none."""
     named = rows(_kept(path), prompt="prompt", data={"row": "row"}, origin=Source(dataset=path))
-    return Rows(task.model_copy(update={"data": task.data["row"]}) for task in named)
+    return Rows(map(_unpacked, named))
+
+
+def _unpacked(task: Task) -> Task:
+    """The row as the task's data. A reply in one process with its tests can forge the verdict: not to be trained on."""
+    row = task.data["row"]
+    source = task.source.model_copy(update={"trainable": not row.get("one_process", False)})
+    return task.model_copy(update={"data": row, "source": source})
 
 
 def _kept(path: str) -> Iterator[dict[str, Any]]:

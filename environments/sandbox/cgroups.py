@@ -18,6 +18,8 @@ from palaestra.gym.sandbox import BoxLimits
 
 ROOT = Path("/sys/fs/cgroup")
 CONTROLLERS = ("memory", "pids", "cpu")
+EVENTS = ("memory.oom_control", "memory.events")
+"""Where version 1 or 2 counts what was killed for want of memory."""
 PREFIX = "palaestra-"
 PERIOD = 100_000
 """Microseconds over which the cpu share is enforced."""
@@ -47,12 +49,15 @@ class Group:
 
     def __init__(self, name: str, limits: BoxLimits) -> None:
         self.folders: list[Path] = []
+        self._events: int | None = None
         made = {controller: parent / owner_name() / name for controller, parent in parents().items()}
         try:
             for folder in dict.fromkeys(made.values()):
                 self._make(folder, made)
             for controller, folder in made.items():
                 _limit(folder, controller, limits)
+            for path in (folder / name for folder in self.folders for name in EVENTS if (folder / name).exists()):
+                self._events = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             self.remove()
             raise
@@ -65,17 +70,18 @@ class Group:
         folder.mkdir()
         self.folders.append(folder)
 
-    def killed(self) -> bool:
-        """Whether the kernel has killed in the box for want of memory."""
-        for folder in self.folders:
-            for name in ("memory.oom_control", "memory.events"):
-                if (folder / name).exists():
-                    counts = dict(line.split() for line in (folder / name).read_text().splitlines())
-                    return int(counts.get("oom_kill", 0)) > 0
-        return False
+    def kills(self) -> int:
+        """How many processes of the box the kernel has killed for want of memory."""
+        if self._events is None:
+            return 0
+        counts = dict(line.split() for line in os.pread(self._events, 4096, 0).decode().splitlines())
+        return int(counts.get("oom_kill", 0))
 
     def remove(self) -> None:
         """Kill what is left and remove the folders. Raises OSError where something survives REMOVAL_SECONDS."""
+        if self._events is not None:
+            os.close(self._events)
+            self._events = None
         for folder in self.folders:
             _remove(folder)
         self.folders = []
@@ -101,11 +107,13 @@ def _limit(folder: Path, controller: str, limits: BoxLimits) -> None:
 def _remove(folder: Path) -> None:
     deadline = time.monotonic() + REMOVAL_SECONDS
     while folder.exists():
-        for pid in (folder / "cgroup.procs").read_text().split():
-            with suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
         try:
+            for pid in (folder / "cgroup.procs").read_text().split():
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
             folder.rmdir()
+        except FileNotFoundError:  # another process sweeps, too
+            return
         except OSError:
             if time.monotonic() > deadline:
                 raise

@@ -34,8 +34,12 @@ HOST_LINKS = ("bin", "sbin", "lib", "lib64", "lib32")
 HOST_ETC = ("alternatives", "ld.so.cache", "passwd", "group", "nsswitch.conf", "mime.types")
 KILLED = (128 + signal.SIGKILL, -signal.SIGKILL)
 """Statuses of an init, or of bubblewrap above it, that SIGKILL ended: only this machine can send them that."""
-MASKED = [part for name in ("cmdline", "keys") for part in ("--ro-bind-try", "/dev/null", f"/proc/{name}")]
-"""Files of /proc that tell of the machine."""
+MASKED = [
+    part
+    for name in ("cmdline", "keys", "1/mem", "1/task/1/mem")
+    for part in ("--ro-bind-try", "/dev/null", f"/proc/{name}")
+]
+"""Files of /proc that tell of the machine, or by which a box could write its own init."""
 HOST_IMAGE = Image(Path("/"), Config(workdir="/work"))
 RLIMITS = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 1024}
 
@@ -74,6 +78,8 @@ class NativeBox:
         self._image = image
         self._group = group
         self._destroyed = False
+        self._kills = 0
+        """What the kernel had killed for want of memory when the last command ended."""
         self.baseline: Mapping[str, Entry | None] = {}
         self.init: int = answer["pid"]
         self._handle = os.pidfd_open(self.init)
@@ -85,9 +91,11 @@ class NativeBox:
     async def exec(self, command: str, timeout: float) -> Executed:
         """See Box.exec."""
         try:
-            return await self.shell.exec(command, timeout)
+            done = await self.shell.exec(command, timeout)
         except Ended:
             raise await self._lost() from None
+        self._kills = self._group.kills()
+        return done
 
     async def _lost(self) -> Exception:
         """Why the box is gone. From inside its init cannot be killed, only starved or broken: its own doing."""
@@ -96,7 +104,7 @@ class NativeBox:
         if not self._launcher.lives:
             return Failure(Cause.SANDBOX, "native: the launcher ended, and every box with it")
         status = await self._launcher.status(self._number)
-        if self._group.killed():
+        if self._group.kills() > self._kills:
             return Destroyed("the box ran out of memory and was ended")
         if status is None or status in KILLED:
             return Failure(Cause.SANDBOX, f"native: the box was killed from outside (status {status})")
@@ -234,15 +242,16 @@ class Native:
         descriptors: Sequence[int],
         shell: Callable[..., Shell],
     ) -> NativeBox:
-        slot = next(NUMBERS)
-        group = Group(f"{self._name}{slot}", limits)
+        slot, group = next(NUMBERS), None
         try:
+            group = Group(f"{self._name}{slot}", limits)
             answer = await self._launching.launch(self._request(image, limits, group, slot, command), descriptors)
             return NativeBox(self._launching, image, answer, group, shell)
         except BaseException as error:
             said = pipes.said()
             pipes.streams.close()
-            group.remove()
+            if group is not None:
+                group.remove()
             if isinstance(error, Failure | OSError):
                 raise Failure(Cause.SANDBOX, f"{error}{said}" if said not in str(error) else str(error)) from error
             raise

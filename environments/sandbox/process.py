@@ -8,7 +8,6 @@ import secrets
 import shutil
 import stat
 import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -39,16 +38,10 @@ class ProcessBox:
         self._mark = f"{MARK}={secrets.token_hex(8)}"
         token = secrets.token_hex(8)
         commands, output, statuses = os.pipe(), os.pipe(), os.pipe()
-        environment = {
-            "PATH": os.environ.get("PATH", os.defpath),
-            "HOME": str(folder),
-            "LANG": "C.UTF-8",
-            "TERM": "dumb",
-        }
         self._process = subprocess.Popen(
             ["/bin/sh", "-c", _ceilings(limits) + SUPERVISOR, "sh", token],
             stdin=commands[0], stdout=output[1], stderr=statuses[1], cwd=folder, start_new_session=True,
-            env=environment | dict([self._mark.split("=")]),
+            env=_environment(folder) | dict([self._mark.split("=")]),
         )  # fmt: skip
         for descriptor in (commands[0], output[1], statuses[1]):
             os.close(descriptor)
@@ -144,6 +137,15 @@ def _entry(place: Path) -> Entry:
     return Entry("directory" if place.is_dir() else "other", mode, b"", found.st_uid, found.st_gid)
 
 
+def _environment(folder: Path) -> dict[str, str]:
+    return {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(folder), "LANG": "C.UTF-8", "TERM": "dumb"}
+
+
+def _refuse_image(image: str) -> None:
+    if image != HOST:
+        raise Failure(Cause.SANDBOX, f"process: cannot use the image {image!r}; a process has no root of its own")
+
+
 class ProcessBackend:
     """The backend."""
 
@@ -151,12 +153,10 @@ class ProcessBackend:
 
     def __init__(self) -> None:
         warnings.warn(WARNING, stacklevel=2)
-        print(f"palaestra: {WARNING}", file=sys.stderr)
 
     async def create(self, image: str, limits: BoxLimits) -> ProcessBox:
         """See Sandbox.create. The only image is `host`: this machine as it is."""
-        if image != HOST:
-            raise Failure(Cause.SANDBOX, f"process: cannot use the image {image!r}; a process has no root of its own")
+        _refuse_image(image)
         box = ProcessBox(Path(tempfile.mkdtemp(prefix="palaestra-box-")), limits)
         if problem := await box.shell.starts(START_SECONDS):
             await box.destroy()
@@ -165,9 +165,12 @@ class ProcessBackend:
 
     async def run(self, image: str, limits: BoxLimits, command: Sequence[str]) -> int:
         """See Backend.run."""
+        _refuse_image(image)
         script = _ceilings(limits) + 'exec "$@"'
         with tempfile.TemporaryDirectory(prefix="palaestra-box-") as folder:
-            process = await asyncio.create_subprocess_exec("/bin/sh", "-c", script, "sh", *command, cwd=folder)
+            process = await asyncio.create_subprocess_exec(
+                "/bin/sh", "-c", script, "sh", *command, cwd=folder, env=_environment(Path(folder))
+            )
             return await process.wait()
 
     async def close(self) -> None:
