@@ -43,7 +43,7 @@ def machine() -> Iterator[Finding]:
     )
     groups = cgroups.parents()
     missing = [name for name in cgroups.CONTROLLERS if name not in groups]
-    need = f"not enforced for this user: {', '.join(missing)}; run as root, or in a delegated group"
+    need = f"not enforced for this user: {', '.join(missing)}; run as root"
     yield Finding("control groups", not missing, need if missing else ", ".join(groups))
     root = os.geteuid() == 0
     text = "each box has 65,536 ids of its own" if root else "each box has one id, yours: run as root for a range"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import os
 import secrets
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -32,6 +34,8 @@ KEPT_CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "SETUID", "SETGID", "KIL
 ENVIRONMENT = {"HOME": "/root", "LANG": "C.UTF-8", "TERM": "dumb"}
 HOST_LINKS = ("bin", "sbin", "lib", "lib64", "lib32")
 HOST_ETC = ("alternatives", "ld.so.cache", "passwd", "group", "nsswitch.conf", "mime.types")
+STARVED_SECONDS = 10.0
+"""For how long the end of a box is put down to its want of memory."""
 KILLED = (128 + signal.SIGKILL, -signal.SIGKILL)
 """Statuses of an init, or of bubblewrap above it, that SIGKILL ended: only this machine can send them that."""
 MASKED = [
@@ -78,8 +82,8 @@ class NativeBox:
         self._image = image
         self._group = group
         self._destroyed = False
-        self._kills = 0
-        """What the kernel had killed for want of memory when the last command ended."""
+        self._kills, self._starved = 0, -math.inf
+        """How many processes the kernel has killed for want of memory, and when that was last seen to rise."""
         self.baseline: Mapping[str, Entry | None] = {}
         self.init: int = answer["pid"]
         self._handle = os.pidfd_open(self.init)
@@ -90,12 +94,16 @@ class NativeBox:
 
     async def exec(self, command: str, timeout: float) -> Executed:
         """See Box.exec."""
+        self._look_at_memory()
         try:
-            done = await self.shell.exec(command, timeout)
+            return await self.shell.exec(command, timeout)
         except Ended:
             raise await self._lost() from None
-        self._kills = self._group.kills()
-        return done
+
+    def _look_at_memory(self) -> None:
+        kills = self._group.kills()
+        if kills > self._kills:
+            self._kills, self._starved = kills, time.monotonic()
 
     async def _lost(self) -> Exception:
         """Why the box is gone. From inside its init cannot be killed, only starved or broken: its own doing."""
@@ -104,7 +112,8 @@ class NativeBox:
         if not self._launcher.lives:
             return Failure(Cause.SANDBOX, "native: the launcher ended, and every box with it")
         status = await self._launcher.status(self._number)
-        if self._group.kills() > self._kills:
+        self._look_at_memory()
+        if time.monotonic() - self._starved < STARVED_SECONDS:
             return Destroyed("the box ran out of memory and was ended")
         if status is None or status in KILLED:
             return Failure(Cause.SANDBOX, f"native: the box was killed from outside (status {status})")
