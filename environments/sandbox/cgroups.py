@@ -74,7 +74,10 @@ class Group:
         """How many processes of the box the kernel has killed for want of memory."""
         if self._events is None:
             return 0
-        counts = dict(line.split() for line in os.pread(self._events, 4096, 0).decode().splitlines())
+        try:
+            counts = dict(line.split() for line in os.pread(self._events, 4096, 0).decode().splitlines())
+        except OSError:  # the group went with its backend
+            return 0
         return int(counts.get("oom_kill", 0))
 
     def remove(self) -> None:
