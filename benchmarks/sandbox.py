@@ -71,7 +71,7 @@ def held() -> dict[str, int]:
     """Mounts, control groups, processes of boxes, folders: what boxes could leave behind."""
     return {
         "mounts": len(Path("/proc/self/mountinfo").read_text().splitlines()),
-        "groups": len(list(Path("/sys/fs/cgroup").glob("*/palaestra-*/*"))),
+        "groups": len(list(Path("/sys/fs/cgroup").glob("**/palaestra-*/*/"))),
         "bwrap processes": sum(_is_bwrap(path) for path in Path("/proc").glob("[0-9]*/comm")),
         "folders": len(list(Path("/tmp").glob("palaestra-box*"))),
     }

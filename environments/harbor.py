@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from palaestra.environments.harbor_task import MIB, HarborTask, load, rewards, variables
 from palaestra.environments.sandbox import dockerfile, images
 from palaestra.environments.sandbox.backends import Backend, open_backend
-from palaestra.environments.terminal import shown
+from palaestra.environments.terminal import ran
 from palaestra.gym.environment import Environment, metric, reward, tool
 from palaestra.gym.outcome import Cause, Failure
 from palaestra.gym.registry import UsageError
@@ -119,11 +119,7 @@ class Harbor(Environment):
     async def bash(self, command: str) -> str:
         """Run a command in the shell."""
         assert self._box is not None
-        done = await self._box.exec(command, self.config.seconds)
-        text = shown(done.output, self.config.shown)
-        if done.timed_out:
-            return f"{text}\n[stopped after {self.config.seconds:g} s]"
-        return text if done.status == 0 else f"{text}\n[exit status {done.status}]"
+        return await ran(self._box, command, self.config.seconds, self.config.shown)
 
     @reward
     async def verified(self) -> float:
@@ -188,7 +184,7 @@ class Harbor(Environment):
         try:
             return rewards(written)
         except ValueError as error:
-            said = f"; it ran longer than {verifier.timeout_sec:g} s" if done.timed_out else ""
+            said = f"; it ran longer than {verifier.timeout_sec:g} s" if done.stopped else ""
             raise Failure(Cause.VERIFIER, f"{self._folder.name}: {error}{said}") from None
 
     def solution(self, task: Task) -> list[Message] | None:

@@ -9,14 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from palaestra.environments import harbor_export
 from palaestra.environments import terminal_state as state
-from palaestra.environments.sandbox.backends import Backend, ready_backend
+from palaestra.environments.sandbox.backends import Backend, BoxConfig, ready_backend
 from palaestra.gym.environment import Environment, metric, reward, tool
 from palaestra.gym.outcome import Cause, Failure
-from palaestra.gym.sandbox import Box, BoxLimits, Capabilities, Entry
+from palaestra.gym.sandbox import Box, Capabilities, Entry
 from palaestra.gym.types import Message, Task, ToolCall
 from palaestra.tasks.terminal import PROGRAMS, shell_tasks
 from palaestra.tasks.terminal.puzzle import Node, Tree
@@ -31,20 +31,15 @@ ASK_SECONDS, SETTLE_SECONDS = 5.0, 2.0
 class Terminal(Environment):
     """Do in a shell what the task asks; the shell begins in /work. Reply without a tool call when all is done."""
 
-    class Config(BaseModel):
-        """`levels` and `families` of the generated tasks (all families, when none is named); `backend` of the sandbox
-        and the `image` of its boxes; `seconds` that one command may take; `shown`: bytes of output that the policy
-        sees."""
-
-        model_config = ConfigDict(extra="forbid", frozen=True)
+    class Config(BoxConfig):
+        """`levels` and `families` of the generated tasks (all families, when none is named); `backend` of the sandbox,
+        `image` and `limits` of its boxes, of which `warm` are made ahead; `seconds` that one command may take; `shown`:
+        characters of output that the policy sees."""
 
         levels: tuple[int, ...] = (1, 2, 3)
         families: tuple[str, ...] = ()
-        backend: str = "auto"
-        image: str = "host"
         seconds: float = Field(default=30.0, gt=0)
         shown: int = Field(default=8000, ge=100)
-        limits: BoxLimits = BoxLimits()
 
     _box: Box | None = None
     _baseline: Mapping[str, Entry | None] = {}
@@ -76,7 +71,7 @@ class Terminal(Environment):
         await box.put(dict(_entries(_tree(task.data["before"]))))
         if task.data.get("setup"):
             done = await box.exec(task.data["setup"], SETUP_SECONDS)
-            if done.status or done.timed_out:
+            if done.status or done.stopped:
                 raise Failure(Cause.SANDBOX, f"the task's setup failed: {done.output[-500:].decode(errors='replace')}")
         self._baseline = await box.diff()
 
@@ -93,11 +88,7 @@ class Terminal(Environment):
     async def bash(self, command: str) -> str:
         """Run a command in the shell."""
         assert self._box is not None
-        done = await self._box.exec(command, self.config.seconds)
-        text = shown(done.output, self.config.shown)
-        if done.timed_out:
-            return f"{text}\n[stopped after {self.config.seconds:g} s]"
-        return text if done.status == 0 else f"{text}\n[exit status {done.status}]"
+        return await ran(self._box, command, self.config.seconds, self.config.shown)
 
     @reward
     async def done(self, task: Task) -> float:
@@ -218,6 +209,15 @@ def _elsewhere(before: Mapping[str, Entry | None], after: Mapping[str, Entry | N
     changed = [path for path in before.keys() | after.keys() if before.get(path, absent) != after.get(path, absent)]
     strange = [p for p in changed if not p.startswith("/work/") and p != "/work" and not f"{p}/".startswith(TOLERATED)]
     return [f"{path}: changed" for path in sorted(strange)]
+
+
+async def ran(box: Box, command: str, seconds: float, limit: int) -> str:
+    """What a policy sees of its command: at most `limit` characters of output, and how it ended."""
+    done = await box.exec(command, seconds)
+    text = shown(done.output, limit)
+    if done.stopped:
+        return f"{text}\n[stopped: it ran for {seconds:g} s, or wrote far too much]"
+    return text if done.status == 0 else f"{text}\n[exit status {done.status}]"
 
 
 def shown(output: bytes, limit: int) -> str:

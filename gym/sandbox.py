@@ -10,9 +10,13 @@ from pydantic import Field
 from palaestra.gym.outcome import Cause, Failure
 from palaestra.gym.types import Record
 
+READ = 10 << 20
+"""Bytes of the largest file that a box gives."""
+
 
 class BoxLimits(Record):
-    """What one box may use; bytes unless the name says otherwise. `network`: none at all, or its own loopback."""
+    """What one box may use; bytes unless the name says otherwise. `output`: of one command, kept; `loopback`: whether
+    the box has a network of its own, which leads nowhere else, or none."""
 
     memory: int = Field(default=512 << 20, gt=0)
     disk: int = Field(default=256 << 20, gt=0)
@@ -34,11 +38,12 @@ class Capabilities(Record):
 
 
 class Executed(NamedTuple):
-    """A finished command: exit status (128 + n for signal n), output of both streams, whether its time ran out."""
+    """A finished command: exit status (128 + n for signal n), output of both streams, whether it was stopped: because
+    its time ran out, or because it wrote far more than is kept."""
 
     status: int
     output: bytes
-    timed_out: bool
+    stopped: bool
 
 
 class Destroyed(Failure):
@@ -75,7 +80,7 @@ class Box(Protocol):
         ...
 
     async def read(self, path: str) -> bytes:
-        """A regular file's content. Raises OSError for anything else, and for a file beyond `limits.output`."""
+        """A regular file's content. Raises OSError for anything else, and for a file of more than READ bytes."""
         ...
 
     async def put(self, entries: Mapping[str, Entry]) -> None:

@@ -21,6 +21,7 @@ from palaestra.gym.registry import UsageError
 from palaestra.gym.types import Message, Sampling, ToolCall, Unscored
 from palaestra.tasks.terminal import FAMILIES, shell_tasks
 
+BASE = list(images.store().glob("palaestra%2Fbase*"))
 based = pytest.mark.skipif(bool(lacks_native()) or NAME not in images.names(), reason="no base image is stored")
 NEW = 'schema_version = "1.4"\n'
 OLD = 'version = "1.0"\n[environment]\nmemory = "1G"\nstorage = "10G"\nallow_internet = false\n'
@@ -180,3 +181,36 @@ async def test_an_exported_task_gives_the_same_rewards(play, tmp_path, family):
     assert (await play(path, policy=Null())).result.value == 0
     assert (await play(path, task.data["script"], "touch /work/one-more")).result.value == 0
     assert (await play(path, task.data["script"], "touch /etc/one-more")).result.value == 0
+
+
+@based
+async def test_what_a_dockerfile_says_is_done_or_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    images.store().mkdir(parents=True)
+    for name in BASE:
+        (images.store() / name.name).symlink_to(name)
+    place = tmp_path / "task"
+    place.mkdir()
+    (place / "tool.sh").write_text("echo tool\n")
+    (tmp_path / "secret").write_text("secret")
+    good = (
+        f'FROM {NAME}\nSHELL ["/bin/bash", "-c"]\nCOPY --chmod=755 --chown=7:8 /tool.sh /bin/tool\n'
+        "RUN set -o pipefail; tool | grep tool > /said; stat -c '%a %u %g' /bin/tool >> /said\n"
+    )
+    (place / "Dockerfile").write_text(good)
+    made = await dockerfile.build(place, "made")
+    assert (made.root / "said").read_text() == "tool\n755 7 8\n"
+    for line, words in {
+        "COPY nothing /x": "line 2 .COPY.: nothing is not in the folder",
+        "COPY ../secret /x": "lies outside",
+        "COPY --from=builder /a /b": "no option --from=builder",
+        "COPY --chown=dev tool.sh /x": "no option --chown=dev",
+        "ADD tool.tar.gz /x": "COPY it, and RUN tar",
+        "ADD http://127.0.0.1/x /x": "no network",
+        "RUN exit 3": "status 3",
+        "TELEPORT /x": "no such instruction",
+    }.items():
+        (place / "Dockerfile").write_text(f"FROM {NAME}\n{line}\n")
+        with pytest.raises(UsageError, match=words):
+            await dockerfile.build(place, "bad")
+    assert "bad" not in images.names()

@@ -7,20 +7,22 @@ import io
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
-from boxes import IMAGES, ISOLATING, SMALL
+from boxes import IMAGES, ISOLATING, SMALL, python
 from typer.testing import CliRunner
 
 from palaestra.environments.sandbox import archives, cgroups, images, launching, seccomp
-from palaestra.environments.sandbox.backends import open_backend, refuse
+from palaestra.environments.sandbox.backends import BACKENDS, open_backend, refuse
 from palaestra.environments.sandbox.cli import app, limits_of
+from palaestra.environments.sandbox.warm import Warm
 from palaestra.gym.outcome import Failure
 from palaestra.gym.registry import UsageError
 from palaestra.gym.sandbox import BoxLimits, Capabilities, Destroyed, Entry
@@ -31,19 +33,11 @@ IMAGE = {**IMAGES, "process": images.HOST}
 
 @pytest.fixture(params=ALL)
 async def backend(request):
-    with pytest.warns(UserWarning, match="isolates nothing") if request.param == "process" else _nothing():
+    with pytest.warns(UserWarning, match="isolates nothing") if request.param == "process" else nullcontext():
         opened = open_backend(request.param)
     opened.image = IMAGE[request.param]
     yield opened
     await opened.close()
-
-
-class _nothing:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return False
 
 
 @pytest.fixture
@@ -57,7 +51,7 @@ async def test_a_shell_keeps_its_folder_and_variables(box):
     assert (await box.exec('mkdir in; cd in; export X=1; f() { echo "$X$1"; }', 5)).status == 0
     assert (await box.exec("f 2; basename $PWD", 5)).output == b"12\nin\n"
     done = await box.exec("echo out; echo err >&2; (exit 7)", 5)
-    assert (done.status, done.output, done.timed_out) == (7, b"out\nerr\n", False)
+    assert (done.status, done.output, done.stopped) == (7, b"out\nerr\n", False)
 
 
 async def test_what_is_put_comes_back(box):
@@ -78,8 +72,11 @@ async def test_what_is_put_comes_back(box):
     assert found["/work/deep/er/file"].mode == 0o640
     with pytest.raises(OSError, match="no regular file"):
         await box.read("/work/folder")
-    with pytest.raises(FileNotFoundError) if False else pytest.raises(OSError):  # noqa: PT011
+    with pytest.raises(OSError, match="nothing"):
         await box.read("/work/nothing")
+    await box.exec("head -c 10485761 /dev/zero > large", 5)
+    with pytest.raises(OSError, match="the limit is"):
+        await box.read("/work/large")
 
 
 @pytest.mark.parametrize("backend", ISOLATING, indirect=True)
@@ -128,8 +125,56 @@ def test_a_backend_that_gives_less_than_is_needed_is_refused():
 
 def test_a_machine_without_bubblewrap_is_told_how_to_get_it(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere")
     with pytest.raises(UsageError, match="apt-get install bubblewrap"):
+        open_backend("native")
+    with pytest.raises(UsageError, match=r"apt-get install bubblewrap.*backend docker"):
         open_backend()
+
+
+@pytest.mark.skipif("docker" not in ISOLATING, reason="no Docker")
+async def test_docker_stands_in_where_native_cannot_be_had(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    opened = open_backend()
+    await opened.close()
+    assert isinstance(opened, BACKENDS["docker"])
+
+
+@pytest.mark.parametrize("backend", ISOLATING, indirect=True)
+async def test_a_box_may_be_without_a_loopback(backend):
+    box = await backend.create(backend.image, SMALL.model_copy(update={"loopback": False}))
+    code = (
+        "import socket\nserver = socket.create_server(('127.0.0.1', 99))\n"
+        "try: socket.create_connection(('127.0.0.1', 99), 0.5); print('met')\nexcept OSError: print('alone')"
+    )
+    assert (await box.exec(python(code), 5)).output == b"alone\n"
+    assert (
+        await box.exec(
+            "ip link set lo up 2>/dev/null || ifconfig lo up 2>/dev/null; cat /sys/class/net/lo/flags 2>/dev/null", 5
+        )
+    ).output in (b"", b"0x8\n")
+    await box.destroy()
+
+
+@pytest.mark.parametrize("backend", ISOLATING, indirect=True)
+async def test_boxes_made_ahead_are_fresh_and_end_with_the_backend(backend):
+    warm = Warm(backend, 2)
+    first = await warm.create(backend.image, SMALL)
+    ahead = [await making for making in warm._ready]
+    assert len({id(box) for box in (first, *ahead)}) == 3
+    assert await warm.create(backend.image, SMALL) is ahead[0]
+    os.kill(ahead[1].init, 9)  # what died while it waited is not handed out
+    await asyncio.sleep(0.1)
+    third = await warm.create(backend.image, SMALL)
+    assert third is not ahead[1]
+    assert (await third.exec("echo alive", 5)).output == b"alive\n"
+    wider = SMALL.model_copy(update={"processes": 70})
+    await warm.create(backend.image, wider)
+    waiting = [await making for making in warm._ready]
+    await warm.close()
+    for box in (first, third, *waiting):
+        with pytest.raises(Failure):
+            await box.exec("true", 2)
 
 
 # -- images
@@ -326,6 +371,49 @@ def test_what_a_killed_owner_left_is_swept(tmp_path):
     cgroups.sweep()
     assert not left.exists()
     assert not left.parent.exists()
+
+
+class Kernel(type(Path())):
+    """Paths of a control group file system, version 2: a new folder has its files, and goes with them."""
+
+    def mkdir(self, *arguments, **named):
+        super().mkdir(*arguments, **named)
+        for name in ("cgroup.procs", "cgroup.subtree_control", "memory.max", "memory.swap.max", "pids.max", "cpu.max"):
+            (self / name).touch()
+        (self / "cgroup.controllers").write_text("cpu memory pids io")
+        (self / "memory.events").write_text("low 0\noom 3\noom_kill 2\n")
+
+    def rmdir(self):
+        shutil.rmtree(self)
+
+    def write_text(self, text):
+        """Controllers that are switched on add up."""
+        with self.open("a" if self.name == "cgroup.subtree_control" else "w") as file:
+            return file.write(text.replace("+", " "))
+
+
+def test_limits_are_written_as_version_2_of_control_groups_wants_them(tmp_path, monkeypatch):
+    root = Kernel(tmp_path / "cgroup")
+    root.mkdir()
+    monkeypatch.setattr(cgroups, "ROOT", root)
+    group = cgroups.Group("box", BoxLimits(memory=1 << 20, processes=7, cpus=0.5))
+    (folder,) = group.folders
+    assert folder == root / cgroups.owner_name() / "box"
+    written = {name: (folder / name).read_text() for name in ("memory.max", "memory.swap.max", "pids.max", "cpu.max")}
+    assert written == {"memory.max": "1048576", "memory.swap.max": "0", "pids.max": "7", "cpu.max": "50000 100000"}
+    for level in (root, folder.parent):
+        assert set((level / "cgroup.subtree_control").read_text().split()) == {"cpu", "memory", "pids"}
+    assert group.kills() == 2
+    group.remove()
+    assert not folder.exists()
+
+
+def test_a_root_that_gives_its_groups_no_controller_enforces_nothing(tmp_path, monkeypatch):
+    (tmp_path / "cgroup.controllers").write_text("cpu memory pids")
+    (tmp_path / "cgroup.subtree_control").mkdir()  # writing to it fails, as where other processes are in the root
+    monkeypatch.setattr(cgroups, "ROOT", tmp_path)
+    monkeypatch.setattr(Path, "read_text", lambda path: "" if path.is_dir() else "cpu memory pids")
+    assert cgroups.parents() == {}
 
 
 @pytest.mark.skipif("native" not in ISOLATING, reason="no native backend")

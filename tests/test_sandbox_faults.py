@@ -102,7 +102,10 @@ async def test_boxes_and_launchers_killed_in_mid_episode_cost_retries_and_no_sco
 async def test_a_box_that_its_own_episode_used_up_is_scored(tmp_path, record_property):
     rows = await evaluate(contest(f"{__file__}:Hogs", {**EASY, "limits": {"memory": 64 << 20}}, 8), tmp_path)
     record_property("rewards", json.dumps([row.reward for row in rows]))
-    assert {row.outcome for row in rows} <= {Cause.OK, Cause.POLICY_CRASH}  # the kernel picks a process or the whole box
+    assert {row.outcome for row in rows} <= {
+        Cause.OK,
+        Cause.POLICY_CRASH,
+    }  # the kernel picks a process or the whole box
     assert sorted(row.reward for row in rows) == 4 * [0.0] + 4 * [1.0]
 
 

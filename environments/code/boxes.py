@@ -60,7 +60,7 @@ class Boxes:
         await self._destroy()
         self._box = await self._sandbox.create(self._image, LIMITS)
         done = await self._started(self._box)
-        if done.status or done.timed_out:
+        if done.status or done.stopped:
             said = done.output.decode(errors="replace").strip()
             raise Failure(Cause.SANDBOX, f"python3 does not run in the image {self._image}: {said[-300:]}")
 

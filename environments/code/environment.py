@@ -9,11 +9,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from palaestra.environments.code import kinds
-from palaestra.environments.code.boxes import Boxes
+from palaestra.environments.code.boxes import LIMITS, Boxes
 from palaestra.environments.code.forks import UNCONTAINED, contained
 from palaestra.environments.code.judge import SECONDS, Verdict, judge, judge_in_boxes
 from palaestra.environments.code.literal import predicted
-from palaestra.environments.sandbox.backends import Backend, open_backend
+from palaestra.environments.sandbox.backends import Backend, BoxConfig, ready_backend
 from palaestra.gym.environment import Environment, metric, reward
 from palaestra.gym.sandbox import Capabilities
 from palaestra.gym.types import Message, Task
@@ -74,7 +74,8 @@ class Code(Environment):
     async def open(cls, config: Any) -> Backend | None:
         """The sandbox, where replies run in one. Raises UsageError where it gives less than is needed."""
         if config.backend != FORK:
-            return open_backend(config.backend, NEEDS)
+            boxes = BoxConfig(backend=config.backend, image=config.image, limits=LIMITS)
+            return await ready_backend(boxes, NEEDS, ("python3",))
         if not contained():
             warnings.warn(UNCONTAINED, stacklevel=2)
         return None

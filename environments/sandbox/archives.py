@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from palaestra.gym.sandbox import Entry
@@ -31,9 +31,9 @@ def packed(entries: Mapping[str, Entry]) -> bytes:
     return out.getvalue()
 
 
-def changes(content: bytes, lower: Path | None = None) -> dict[str, Entry | None]:
+def changes(content: bytes, lowers: Iterable[Path] = ()) -> dict[str, Entry | None]:
     """The entries of an overlay's upper layer: None where it has a whiteout, and for what an opaque folder hides of
-    `lower`, the layer below."""
+    `lowers`, the layers below."""
     found: dict[str, Entry | None] = {}
     hidden: list[str] = []
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
@@ -42,8 +42,9 @@ def changes(content: bytes, lower: Path | None = None) -> dict[str, Entry | None
             first = found.get(f"/{member.linkname}") if member.islnk() else None
             file = archive.extractfile(member) if member.isreg() else None
             found[f"/{member.name}"] = None if whiteout else first or entry(member, file.read() if file else b"")
-            if OPAQUE in member.pax_headers and lower is not None and (lower / member.name).is_dir():
-                hidden += [f"/{member.name}/{name}" for name in os.listdir(lower / member.name)]
+            if OPAQUE in member.pax_headers:
+                for below in (lower / member.name for lower in lowers):
+                    hidden += [f"/{member.name}/{name}" for name in (os.listdir(below) if below.is_dir() else ())]
     return {**dict.fromkeys(hidden), **found}
 
 

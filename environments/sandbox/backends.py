@@ -6,9 +6,13 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from palaestra.environments.sandbox.docker import Docker
+from palaestra.environments.sandbox.images import HOST
 from palaestra.environments.sandbox.native import Native
 from palaestra.environments.sandbox.process import ProcessBackend
+from palaestra.environments.sandbox.warm import Warm
 from palaestra.gym.registry import UsageError
 from palaestra.gym.sandbox import BoxLimits, Capabilities, Sandbox
 
@@ -43,33 +47,40 @@ def lacks_native() -> str:
 
 
 def open_backend(name: str = "auto", needs: Capabilities | None = None) -> Backend:
-    """The backend of a name; `auto`: native. `process`, which isolates nothing, is only had by its name.
+    """The backend of a name; `auto`: native, or docker where native cannot be had. `process`, which isolates nothing,
+    is only had by its name.
 
     Raises UsageError where there is none, and naming what an environment needs that the backend does not give.
     """
     if name not in ("auto", *BACKENDS):
         raise UsageError(f"there is no sandbox backend {name!r}; the backends are: auto, {', '.join(BACKENDS)}")
-    chosen = "native" if name == "auto" else name
-    if chosen == "native" and (reason := lacks_native()):
+    reason = lacks_native() if name in ("auto", "native") else ""
+    if name == "native" and reason:
         raise UsageError(f"sandbox backend native: {reason}; `palaestra sandbox doctor` says more")
-    backend = BACKENDS[chosen]()
+    chosen = ("docker" if reason else "native") if name == "auto" else name
+    try:
+        backend = BACKENDS[chosen]()
+    except UsageError as error:
+        raise UsageError(f"sandbox backend native: {reason}; {error}") if reason else error from None
     refuse(chosen, backend.capabilities, needs)
     return backend
 
 
-class Boxes(Protocol):
-    """The part of an environment's configuration that its boxes are made by."""
+class BoxConfig(BaseModel):
+    """The part of an environment's configuration that says what its boxes are: the `backend` of the sandbox, the
+    `image` and `limits` of a box, and how many are made ahead, `warm` (which pays where making one takes long, with
+    docker, say)."""
 
-    @property
-    def backend(self) -> str: ...
-    @property
-    def image(self) -> str: ...
-    @property
-    def limits(self) -> BoxLimits: ...
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    backend: str = "auto"
+    image: str = HOST
+    limits: BoxLimits = BoxLimits()
+    warm: int = Field(default=0, ge=0)
 
 
-async def ready_backend(config: Boxes, needs: Capabilities, programs: Iterable[str] = ()) -> Backend:
-    """The backend, after it has made a box of the image in which all the programs are.
+async def ready_backend(config: BoxConfig, needs: Capabilities, programs: Iterable[str] = ()) -> Backend:
+    """The backend, after it has made a box of the image in which all the programs are; with `warm` boxes made ahead.
 
     Raises UsageError as `open_backend` does, and naming what the image lacks; Failure where no box can be made.
     """
@@ -87,7 +98,7 @@ async def ready_backend(config: Boxes, needs: Capabilities, programs: Iterable[s
     except BaseException:
         await backend.close()
         raise
-    return backend
+    return Warm(backend, config.warm) if config.warm else backend
 
 
 def refuse(name: str, given: Capabilities, needs: Capabilities | None) -> None:

@@ -27,16 +27,27 @@ REMOVAL_SECONDS = 5.0
 
 
 def parents() -> dict[str, Path]:
-    """Controller -> the folder in which groups can be made; what this user may not make is absent."""
+    """Controller -> the folder in which groups can be made; what this user may not make is absent.
+
+    Version 2 gives a folder's groups no controller while other processes are in it, as in a container's root.
+    """
     found: dict[str, Path] = {}
     for controller in CONTROLLERS:
         folder = ROOT / controller
         if (folder / "cgroup.procs").exists() and os.access(folder, os.W_OK):
             found[controller] = folder
     if not found and (ROOT / "cgroup.subtree_control").exists() and os.access(ROOT, os.W_OK):
-        offered = set((ROOT / "cgroup.controllers").read_text().split())
-        found = {controller: ROOT for controller in CONTROLLERS if controller in offered}
+        _enable(ROOT, set(CONTROLLERS) & set((ROOT / "cgroup.controllers").read_text().split()))
+        enabled = (ROOT / "cgroup.subtree_control").read_text().split()
+        found = {controller: ROOT for controller in CONTROLLERS if controller in enabled}
     return found
+
+
+def _enable(folder: Path, controllers: Iterable[str]) -> None:
+    """Give a folder's groups the controllers (version 2), those that it can."""
+    for name in sorted(controllers):
+        with suppress(OSError):
+            (folder / "cgroup.subtree_control").write_text(f"+{name}")
 
 
 def owner_name() -> str:
@@ -64,9 +75,8 @@ class Group:
 
     def _make(self, folder: Path, controllers: Iterable[str]) -> None:
         folder.parent.mkdir(exist_ok=True)
-        if (folder.parent.parent / "cgroup.subtree_control").exists():
-            for level in (folder.parent.parent, folder.parent):
-                (level / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in controllers))
+        if (folder.parent / "cgroup.subtree_control").exists():
+            _enable(folder.parent, controllers)
         folder.mkdir()
         self.folders.append(folder)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import os
 import secrets
@@ -11,136 +10,81 @@ import select
 import socket
 import struct
 import subprocess
-import sys
-import tarfile
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from palaestra.environments.sandbox import archives, cgroups, images, processes
+from palaestra.environments.sandbox.base import NAME
 from palaestra.environments.sandbox.images import HOST
-from palaestra.environments.sandbox.shell import SUPERVISOR, Ended, Shell, Streams
+from palaestra.environments.sandbox.launching import Launching
+from palaestra.environments.sandbox.shell import SUPERVISOR, Pipes
+from palaestra.environments.sandbox.visits import (
+    COLLECTED,
+    ENVIRONMENT,
+    FILES,
+    KEPT_CAPABILITIES,
+    SHM,
+    VisitedBox,
+    silence,
+)
 from palaestra.gym.outcome import Cause, Failure
 from palaestra.gym.registry import UsageError
-from palaestra.gym.sandbox import BoxLimits, Capabilities, Destroyed, Entry, Executed, Process
+from palaestra.gym.sandbox import BoxLimits, Capabilities, Destroyed, Entry
 
 T = TypeVar("T")
 
 LABEL = "palaestra.owner"
-SHM, READ, COLLECTED = 64 << 20, 10 << 20, 256 << 20
 START_SECONDS, CALL_SECONDS = 60.0, 120
-FILES = ("read", "put", "diff")
 AT_ONCE = 4
 """Calls to the daemon at once: on two cores it makes no more containers a second with more."""
-CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "SETUID", "SETGID", "KILL", "NET_BIND_SERVICE"]
-LINKS = 16
-REMOVED = 2
-"""The kind of a change (Docker Engine API, changes)."""
-PATHS = 500
-"""Paths of one command line."""
-ANSWER = 1 << 20
-"""Bytes of what a service of a box answers."""
-ASKING = """import socket, sys
-peer = socket.create_connection(("127.0.0.1", int(sys.argv[1])), float(sys.argv[2]))
-peer.sendall(sys.stdin.buffer.read())
-left = int(sys.argv[3])
-while left >= 0 and (part := peer.recv(65536)):
-    left -= len(part)
-    sys.stdout.buffer.write(part)
-sys.exit(left < 0)"""
-NO_IMAGE = "docker: a container needs an image; `palaestra sandbox image build` makes one"
+ONCE = 'read -r go; exec "$@"'
+"""Becomes a command, once it is told to."""
+NO_IMAGE = (
+    f"docker: a container has no image {HOST!r}; `palaestra sandbox image build` makes one, to be named: image={NAME}"
+)
 FRAME = struct.Struct(">BxxxL")
 
 
-class DockerBox:
+class DockerBox(VisitedBox):
     """A live container."""
+
+    owns = 0
 
     def __init__(
         self, backend: Docker, container: str, pid: int, peer: socket.socket, limits: BoxLimits, token: str
     ) -> None:
         self._backend = backend
         self._container = container
-        self.init = pid
-        self._namespace = processes.namespace(pid)
-        self._limits = limits
-        commands, output, statuses = os.pipe(), os.pipe(), os.pipe()
-        self._streams = Streams(commands[1], output[0], statuses[0])
-        self._pumps = [
-            asyncio.create_task(_pump_in(commands[0], peer)),
-            asyncio.create_task(_pump_out(peer, {1: output[1], 2: statuses[1]})),
-        ]
-        self.shell = Shell(self._streams, limits.output, self._stop, token, marks=True)
-        self._destroyed = False
-
-    async def exec(self, command: str, timeout: float) -> Executed:
-        """See Box.exec."""
+        self._peer = peer
+        pipes = Pipes()
         try:
-            return await self.shell.exec(command, timeout)
-        except Ended:
-            if self._destroyed:
-                raise Failure(Cause.SANDBOX, "docker: the box has been destroyed") from None
+            super().__init__(backend.launching, pid, pipes.streams, limits, token, marks=True)
+        except OSError:
+            pipes.close_theirs()
+            pipes.streams.close()
+            raise
+        commands, output, statuses = pipes.theirs
+        self._pumps = [
+            asyncio.create_task(_pump_in(commands, peer)),
+            asyncio.create_task(_pump_out(peer, {1: output, 2: statuses})),
+        ]
+
+    async def _lost(self) -> Exception:
+        if self._destroyed:
+            return Failure(Cause.SANDBOX, "docker: the box has been destroyed")
         state = await self._backend.call("inspect", lambda api: api.inspect_container(self._container)["State"])
         if state["OOMKilled"]:
-            raise Destroyed("the box ran out of memory and was ended")
-        raise Failure(Cause.SANDBOX, f"docker: the box is gone (status {state['Status']}, exit {state['ExitCode']})")
-
-    async def read(self, path: str) -> bytes:
-        """See Box.read."""
-        for _ in range(LINKS):
-            member, content = await self._backend.call("read", partial(_file_of, container=self._container, path=path))
-            if not member.issym():
-                break
-            path = os.path.join(os.path.dirname(path), member.linkname)
-        if not member.isreg():
-            raise OSError(f"{path} is no regular file")
-        if member.size > READ:
-            raise OSError(f"{path} has {member.size} bytes; the limit is {READ}")
-        return content
-
-    async def put(self, entries: Mapping[str, Entry]) -> None:
-        """See Box.put."""
-        content = archives.packed(entries)
-        await self._backend.call("put", lambda api: api.put_archive(self._container, "/", content))
-
-    async def write(self, path: str, content: str | bytes) -> None:
-        """See Box.write."""
-        await self.put({path: Entry("file", 0o644, content.encode() if isinstance(content, str) else content)})
+            return Destroyed("the box ran out of memory and was ended")
+        return Failure(Cause.SANDBOX, f"docker: the box is gone (status {state['Status']}, exit {state['ExitCode']})")
 
     async def diff(self) -> Mapping[str, Entry | None]:
         """See Box.diff."""
-        return await self._backend.call("diff", partial(_changes_of, container=self._container))
-
-    async def processes(self) -> list[Process]:
-        """See Box.processes."""
-        return processes.described(processes.inside(self._namespace))
-
-    async def ask(self, port: int, request: bytes, timeout: float) -> bytes:
-        """See Box.ask. A program of this machine speaks, in the container's network (root alone may send it there)."""
-        program = ["nsenter", "--net", f"--target={self.init}", sys.executable, "-I", "-S", "-c", ASKING]
-        asking = await asyncio.create_subprocess_exec(
-            *program,
-            str(port),
-            str(timeout),
-            str(ANSWER),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-        )
-        try:
-            answer, _ = await asyncio.wait_for(asking.communicate(request), timeout)
-        finally:
-            if asking.returncode is None:
-                asking.kill()
-        if len(answer) > ANSWER:
-            raise OSError(f"an answer of more than {ANSWER} bytes")
-        if asking.returncode:
-            raise ConnectionError(f"nobody answers at port {port}")
-        return answer
-
-    def _stop(self, since: float) -> None:
-        with suppress(OSError):
-            processes.stop(partial(processes.inside, self._namespace), since, (self.init,))
+        upper, lowers = layers(self.init)
+        packed = await self._visited({"visit": "diff", "limit": COLLECTED, "layer": upper, "enter": 0}, self._handle)
+        return await asyncio.to_thread(archives.changes, packed, lowers)
 
     async def destroy(self) -> None:
         """See Box.destroy."""
@@ -151,7 +95,28 @@ class DockerBox:
         for pump in self._pumps:
             pump.cancel()
         await asyncio.gather(*self._pumps, return_exceptions=True)
-        await self._backend.remove(self, self._container)
+        os.close(self._handle)
+        await self._backend.remove(self, self._container, self._peer)
+
+
+def layers(pid: int) -> tuple[str, list[Path]]:
+    """The writable layer of a container, and those below it, from the mounts of a process of it.
+
+    Raises Failure(SANDBOX) where its root is no overlay, or lies where this process cannot see it.
+    """
+    try:
+        mounts = [line.split() for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines()]
+        options = next(fields[-1] for fields in mounts if fields[4] == "/" and fields[-3] == "overlay")
+    except (OSError, StopIteration):
+        raise Failure(
+            Cause.SANDBOX, "docker: a container's root is no overlay; use the storage driver overlay2"
+        ) from None
+    given = dict(option.partition("=")[::2] for option in options.split(","))
+    upper = given["upperdir"]
+    if not os.path.isdir(upper):
+        raise Failure(Cause.SANDBOX, f"docker: the daemon's files ({upper}) are not to be seen from here")
+    storage = Path(upper).parents[1]  # the daemon names layers from there, where the names would be too long
+    return upper, [storage / lower for lower in given["lowerdir"].split(":")]
 
 
 async def _pump_in(commands: int, peer: socket.socket) -> None:
@@ -217,6 +182,7 @@ def _converse(peer: socket.socket) -> None:
     sources: list[Any] = [peer, 0]
     buffer = b""
     peer.setblocking(True)
+    peer.sendall(b"go\n")
     while True:
         ready = select.select(sources, [], [])[0]
         if 0 in ready:
@@ -244,48 +210,6 @@ def _frames(buffer: bytes) -> tuple[list[tuple[int, bytes]], bytes]:
         frames.append((kind, buffer[FRAME.size : FRAME.size + size]))
         buffer = buffer[FRAME.size + size :]
     return frames, buffer
-
-
-def _file_of(api: Any, container: str, path: str) -> tuple[tarfile.TarInfo, bytes]:
-    """What stands at a path, and its content where that is a regular file of at most READ bytes."""
-    stream, _ = api.get_archive(container, path)
-    kept = io.BytesIO()
-    for part in stream:
-        kept.write(part)
-        if kept.tell() > READ + (1 << 20):
-            break
-    kept.seek(0)
-    with tarfile.open(fileobj=kept, mode="r|") as archive:
-        member = archive.next()
-        if member is None:
-            raise FileNotFoundError(path)
-        file = archive.extractfile(member) if member.isreg() and member.size <= READ else None
-        return member, file.read() if file else b""
-
-
-def _changes_of(api: Any, container: str) -> dict[str, Entry | None]:
-    """The container's changed paths, each with what stands there; packed by the box's own tar."""
-    changes = api.diff(container) or []
-    found: dict[str, Entry | None] = {c["Path"]: None for c in changes if c["Kind"] == REMOVED}
-    paths = sorted({c["Path"] for c in changes if c["Kind"] != REMOVED})
-    total = 0
-    for start in range(0, len(paths), PATHS):
-        packed = _packed(api, container, paths[start : start + PATHS], COLLECTED - total)
-        total += len(packed)
-        found |= archives.changes(packed)
-    return found
-
-
-def _packed(api: Any, container: str, paths: Sequence[str], limit: int) -> bytes:
-    names = [path.lstrip("/") for path in paths]
-    command = ["tar", "-C", "/", "--numeric-owner", "--no-recursion", "--format=pax", "-cf", "-", "--", *names]
-    stream = api.exec_start(api.exec_create(container, command)["Id"], stream=True, demux=True)
-    kept = bytearray()
-    for content, _ in stream:
-        kept += content or b""
-        if len(kept) > limit:
-            raise OSError(f"the changed files have more bytes than the limit, {COLLECTED}")
-    return bytes(kept)
 
 
 def _provide(api: Any, image: str) -> None:
@@ -316,82 +240,95 @@ def _remove(api: Any, container: str) -> None:
 
 
 class Docker:
-    """The backend. `warm`: how many boxes of the image last asked for are made before they are asked for."""
+    """The backend. Looks into containers from this machine: needs its root, and a daemon that runs on it."""
 
-    def __init__(self, warm: int = 0) -> None:
+    def __init__(self) -> None:
         self._api = _connect()
         self._gate = asyncio.Semaphore(AT_ONCE)
-        self._owner = f"{os.getpid()}-{processes.started(os.getpid())}"
-        info = self._api.info()
-        self._quota = _has_quota(info)
+        self._owner = f"{os.getpid()}-{processes.started(os.getpid())}-{id(self):x}"
+        self._quota = _has_quota(self._api.info())
+        self.launching = Launching("docker")
         self.capabilities = Capabilities(
             isolation=True, memory=True, disk_quota=self._quota, processes=True, no_network=True
         )
-        self._warm = warm
         self._live: set[DockerBox] = set()
-        self._ready: dict[tuple[str, str], list[asyncio.Task[DockerBox]]] = defaultdict(list)
+        self._endings: set[asyncio.Future[None]] = set()
         self._sweep()
 
     async def call(self, what: str, function: Callable[[Any], T]) -> T:
-        """A call to the daemon, in a thread. Raises Failure(SANDBOX), or OSError where files forbid it."""
+        """A call to the daemon, in a thread. Raises Failure(SANDBOX)."""
         import docker
         import requests
 
         async with self._gate:
             try:
                 return await asyncio.to_thread(function, self._api)
-            except docker.errors.NotFound as error:
-                raise FileNotFoundError(f"{what}: {error.explanation or error}") from error
             except (docker.errors.DockerException, requests.RequestException, ConnectionError) as error:
-                if (
-                    isinstance(error, docker.errors.APIError) and what in FILES
-                ):  # the daemon answers: the box is to blame
-                    raise OSError(f"{what}: {error.explanation or error}") from error
                 raise Failure(Cause.SANDBOX, f"docker: {what}: {error}") from error
 
-    async def remove(self, box: DockerBox, container: str) -> None:
+    async def remove(self, box: DockerBox, container: str, peer: socket.socket) -> None:
         """Remove a box's container."""
         self._live.discard(box)
-        await self.call("destroy", partial(_remove, container=container))
+        await self._end(container, peer)
 
     async def create(self, image: str, limits: BoxLimits) -> DockerBox:
-        """See Sandbox.create. With a warm pool a box may be ready, and another is begun."""
-        waiting = self._ready[image, limits.model_dump_json()]
-        while len(waiting) < self._warm:
-            waiting.append(asyncio.create_task(self._create(image, limits)))
-        if not waiting:
-            return await self._create(image, limits)
-        waiting.append(asyncio.create_task(self._create(image, limits)))
-        return await waiting.pop(0)
-
-    async def _create(self, image: str, limits: BoxLimits) -> DockerBox:
-        if image == HOST:
-            raise Failure(Cause.SANDBOX, NO_IMAGE)
+        """See Sandbox.create."""
         token = secrets.token_hex(8)
-        command = ("/bin/sh", "-c", SUPERVISOR, "sh", token)
-        start = partial(self._start, image=image, limits=limits, command=command)
-        container, pid, peer = await self.call("create", start)
-        box = DockerBox(self, container, pid, peer, limits, token)
+        container, pid, peer = await self._begun(image, limits, SUPERVISOR, token)
+        try:
+            box = DockerBox(self, container, pid, peer, limits, token)
+        except OSError as error:
+            await self._end(container, peer)
+            raise Failure(Cause.SANDBOX, f"docker: the box ended at once: {error}") from error
         self._live.add(box)
-        if problem := await box.shell.starts(START_SECONDS):
+        try:
+            if problem := await box.shell.starts(START_SECONDS):
+                raise Failure(Cause.SANDBOX, f"docker: the box does not start: {problem}")
+            if not limits.loopback:
+                await silence(self.launching, pid, 0)
+        except BaseException:
             await box.destroy()
-            raise Failure(Cause.SANDBOX, f"docker: the box does not start: {problem}")
+            raise
         return box
 
     async def run(self, image: str, limits: BoxLimits, command: Sequence[str]) -> int:
         """See Backend.run."""
+        container, pid, peer = await self._begun(image, limits, ONCE, *command)
+        try:
+            if not limits.loopback:
+                await silence(self.launching, pid, 0)
+            await asyncio.to_thread(_converse, peer)
+            return await self.call("wait", lambda api: int(api.wait(container)["StatusCode"]))
+        finally:
+            await self._end(container, peer)
+
+    async def _begun(
+        self, image: str, limits: BoxLimits, script: str, *arguments: str
+    ) -> tuple[str, int, socket.socket]:
+        """A container that runs a shell script: its name, its init, what it reads and writes."""
         if image == HOST:
-            raise Failure(Cause.SANDBOX, NO_IMAGE)
+            raise UsageError(NO_IMAGE)
+        command = ("/bin/sh", "-c", script, "sh", *arguments)
+        starting = asyncio.ensure_future(
+            self.call("create", partial(self._start, image=image, limits=limits, command=command))
+        )
+        try:
+            return await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            starting.add_done_callback(self._forsake)
+            raise
 
-        def once(api: Any) -> int:
-            container, _, peer = self._start(api, image, limits, command)
-            try:
-                _converse(peer)
-                return int(api.wait(container)["StatusCode"])
-            finally:
-                _remove(api, container)
+    def _forsake(self, starting: asyncio.Future[tuple[str, int, socket.socket]]) -> None:
+        """End a container that nobody waits for any more."""
+        if not starting.cancelled() and starting.exception() is None:
+            container, _, peer = starting.result()
+            ending = asyncio.ensure_future(self._end(container, peer))
+            self._endings.add(ending)
+            ending.add_done_callback(self._endings.discard)
 
-        return await self.call("run", once)
+    async def _end(self, container: str, peer: socket.socket) -> None:
+        peer.close()
+        await self.call("destroy", partial(_remove, container=container))
 
     def _start(self, api: Any, image: str, limits: BoxLimits, command: Sequence[str]) -> tuple[str, int, socket.socket]:
         _provide(api, image)
@@ -400,7 +337,7 @@ class Docker:
             list(command),
             stdin_open=True,
             labels={LABEL: self._owner},
-            environment={"HOME": "/root", "LANG": "C.UTF-8", "TERM": "dumb"},
+            environment=ENVIRONMENT,
             network_disabled=True,
             host_config=self._host_config(api, limits),
         )["Id"]
@@ -424,14 +361,14 @@ class Docker:
             pids_limit=limits.processes,
             nano_cpus=int(limits.cpus * 1e9),
             cap_drop=["ALL"],
-            cap_add=CAPABILITIES,
+            cap_add=list(KEPT_CAPABILITIES),
             security_opt=["no-new-privileges"],
             ipc_mode="private",
             shm_size=SHM,
             log_config=docker.types.LogConfig(type="none"),
             ulimits=[
                 docker.types.Ulimit(name="core", soft=0, hard=0),
-                docker.types.Ulimit(name="nofile", soft=1024, hard=1024),
+                docker.types.Ulimit(name="nofile", soft=FILES, hard=FILES),
             ],
             storage_opt={"size": str(limits.disk)} if self._quota else None,
         )
@@ -439,31 +376,45 @@ class Docker:
     def _sweep(self) -> None:
         """Remove the containers whose owner is gone."""
         for container in self._api.containers(all=True, filters={"label": LABEL}):
-            pid, _, began = container["Labels"][LABEL].partition("-")
+            pid, began = container["Labels"][LABEL].split("-")[:2]
             if not cgroups.lives(int(pid), began):
                 _remove(self._api, container["Id"])
 
     async def close(self) -> None:
         """End every box, and the connection."""
-        waiting = [task for tasks in self._ready.values() for task in tasks]
-        self._ready.clear()
-        await asyncio.gather(*waiting, return_exceptions=True)
-        await asyncio.gather(*(box.destroy() for box in list(self._live)), return_exceptions=True)
+        await asyncio.gather(*(box.destroy() for box in list(self._live)), *self._endings, return_exceptions=True)
+        with suppress(Failure):
+            await self.call("close", partial(_remove_all, owner=self._owner))
+        self.launching.close()
         self._api.close()
 
 
+def _remove_all(api: Any, owner: str) -> None:
+    for container in api.containers(all=True, filters={"label": f"{LABEL}={owner}"}):
+        _remove(api, container["Id"])
+
+
 def _has_quota(info: Mapping[str, Any]) -> bool:
-    """Whether the daemon can bound a container's disk: overlay2 on xfs, which must be mounted with pquota. Btrfs offers
-    it too, but its counts were seen to go wrong as soon as containers are removed."""
-    return info["Driver"] == "overlay2" and ["Backing Filesystem", "xfs"] in info.get("DriverStatus", [])
+    """Whether the daemon can bound a container's disk: overlay2 on xfs that is mounted with project quotas. Btrfs
+    offers it too, but its counts were seen to go wrong as soon as containers are removed."""
+    if info["Driver"] != "overlay2" or ["Backing Filesystem", "xfs"] not in info.get("DriverStatus", []):
+        return False
+    mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    above = [fields for fields in mounts if Path(info["DockerRootDir"]).is_relative_to(fields[4])]
+    options = max(above, key=lambda fields: len(fields[4]))[-1].split(",")
+    return bool({"pquota", "prjquota"} & set(options))
 
 
 def _connect() -> Any:
-    """A client of the daemon that DOCKER_HOST names. Raises UsageError where there is none."""
+    """A client of the daemon that DOCKER_HOST names. Raises UsageError where there is none that can be used."""
     try:
         import docker
     except ImportError:
         raise UsageError("sandbox backend docker: its SDK is missing; pip install 'palaestra[docker]'") from None
+    if os.geteuid() != 0:
+        raise UsageError("sandbox backend docker: only root may look into containers; run as root, or use native")
+    if not (address := os.environ.get("DOCKER_HOST", "unix://")).startswith("unix://"):
+        raise UsageError(f"sandbox backend docker: the daemon must run on this machine; DOCKER_HOST is {address}")
     try:
         return docker.APIClient(timeout=CALL_SECONDS, **docker.utils.kwargs_from_env())
     except docker.errors.DockerException as error:

@@ -1,8 +1,8 @@
 """Dockerfiles, as far as they need no network, run over stored images by the native backend.
 
 FROM takes a stored image; where the name is not stored, the base image stands in for Debian, Ubuntu and Python images.
-RUN, COPY and ADD of local files, ENV, ARG, WORKDIR and SHELL do what they say; what only matters to a daemon is passed
-over.
+RUN, COPY and ADD of local files, ENV, ARG, WORKDIR and SHELL do what they say. What only matters to a daemon is passed
+over, USER too: everything runs as the box's root. A .dockerignore is not read.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ PASSED_OVER = (
     "ONBUILD",
     "USER",
 )
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 LIMITS = BoxLimits(memory=2 << 30, disk=4 << 30, inodes=500_000, processes=512)
 
 
@@ -101,6 +102,7 @@ class _Build:
         self._variables: dict[str, str] = {}
         self._environment: dict[str, str] = {}
         self._workdir = "/"
+        self._shell: list[str] = []
 
     async def run(self, lines: list[Line], name: str) -> images.Image:
         before = lines[: [line.word for line in lines].index("FROM")]
@@ -139,7 +141,7 @@ class _Build:
         if line.word == "RUN":
             await self._run(box, line.rest)
         elif line.word in ("COPY", "ADD"):
-            await box.put(dict(self._copied(self._filled(line.rest))))
+            await box.put(dict(self._copied(line.word, self._filled(line.rest))))
         elif line.word == "ENV":
             self._set(line.rest)
         elif line.word == "ARG":
@@ -151,7 +153,9 @@ class _Build:
                 else f"{self._workdir.rstrip('/')}/{line.rest}"
             )
             await box.put({self._workdir: Entry("directory", 0o755)})
-        elif line.word not in (*PASSED_OVER, "SHELL"):
+        elif line.word == "SHELL":
+            self._shell = json.loads(line.rest)
+        elif line.word not in PASSED_OVER:
             raise UsageError("there is no such instruction here")
 
     def _set(self, rest: str) -> None:
@@ -164,7 +168,11 @@ class _Build:
             self._environment[key] = self._filled(value)
 
     async def _run(self, box: Box, rest: str) -> None:
-        command = shlex.join(json.loads(rest)) if rest.startswith("[") else rest
+        command = rest
+        if rest.startswith("["):
+            command = shlex.join(json.loads(rest))
+        elif self._shell:
+            command = shlex.join([*self._shell, rest])
         exports = "".join(
             f"export {key}={shlex.quote(value)}; " for key, value in {**self._variables, **self._environment}.items()
         )
@@ -173,25 +181,49 @@ class _Build:
             said = done.output[-400:].decode(errors="replace").strip()
             raise UsageError(f"status {done.status}: {said} (there is no network here)")
 
-    def _copied(self, rest: str) -> Iterator[tuple[str, Entry]]:
-        parts = (
-            json.loads(rest)
-            if rest.startswith("[")
-            else [part for part in shlex.split(rest) if not part.startswith("--")]
-        )
-        *sources, target = parts
+    def _copied(self, word: str, rest: str) -> Iterator[tuple[str, Entry]]:
+        options = []
+        while rest.startswith("--"):
+            option, _, rest = rest.partition(" ")
+            options.append(option)
+            rest = rest.lstrip()
+        change = _changes(options)
+        *sources, target = json.loads(rest) if rest.startswith("[") else shlex.split(rest)
         place = target if target.startswith("/") else f"{self._workdir.rstrip('/')}/{target}"
         for source in sources:
             if "://" in source:
                 raise UsageError(f"{source}: there is no network here")
-            for path in (
-                sorted(self._folder.glob(source.removeprefix("./").rstrip("/") or "*"))
-                if source not in (".", "./")
-                else [self._folder]
-            ):
-                if not path.resolve().is_relative_to(self._folder.resolve()):
-                    raise UsageError(f"{source} lies outside the folder")
-                yield from _entries(path, place, target.endswith("/") or len(sources) > 1 or target == ".")
+            if word == "ADD" and source.endswith(ARCHIVES):
+                raise UsageError(f"{source}: ADD does not unpack here; COPY it, and RUN tar")
+            for path in self._found(source):
+                for name, entry in _entries(path, place, target.endswith("/") or len(sources) > 1 or target == "."):
+                    yield name, entry._replace(**change)
+
+    def _found(self, source: str) -> list[Path]:
+        """The paths of the folder that a source names. Raises UsageError where there are none, or others."""
+        pattern = source.removeprefix("./").strip("/")
+        found = sorted(self._folder.glob(pattern)) if pattern not in ("", ".") else [self._folder]
+        if not found:
+            raise UsageError(f"{source} is not in the folder")
+        for path in found:
+            if not path.resolve().is_relative_to(self._folder.resolve()):
+                raise UsageError(f"{source} lies outside the folder")
+        return found
+
+
+def _changes(options: list[str]) -> dict[str, int]:
+    """What options of COPY change in an entry. Raises UsageError."""
+    change: dict[str, int] = {}
+    for option in options:
+        key, _, value = option.partition("=")
+        if key == "--chmod" and re.fullmatch("[0-7]{3,4}", value):
+            change["mode"] = int(value, 8)
+        elif key == "--chown" and re.fullmatch(r"(\d+|root)(:(\d+|root))?", value):
+            user, _, group = value.replace("root", "0").partition(":")
+            change |= {"uid": int(user), "gid": int(group or user)}
+        elif key != "--link":
+            raise UsageError(f"there is no option {option} here (--chmod in octal, --chown with numbers)")
+    return change
 
 
 def _entries(path: Path, place: str, inside: bool) -> Iterator[tuple[str, Entry]]:

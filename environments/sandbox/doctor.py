@@ -59,25 +59,25 @@ async def backend(name: str, make: Callable[[], Backend]) -> Finding:
     try:
         opened = make()
         try:
-            box = await opened.create(NAME if name.endswith("docker") else images.HOST, BoxLimits())
+            box = await opened.create(NAME if name == "docker" else images.HOST, BoxLimits())
             done = await box.exec("echo works", 10.0)
             await box.destroy()
         finally:
             await opened.close()
     except (UsageError, Failure, OSError) as error:
-        return Finding(name, False, str(error))
+        return Finding(f"backend {name}", False, str(error))
     seconds = time.perf_counter() - started
     given = opened.capabilities.model_dump()
     lacking = [capability for capability, there in given.items() if not there]
     text = f"a box in {1000 * seconds:.0f} ms, its backend's start included"
-    return Finding(name, done.output == b"works\n", text + (f"; not enforced: {', '.join(lacking)}" if lacking else ""))
+    return Finding(f"backend {name}", done.output == b"works\n", text + (f"; not enforced: {', '.join(lacking)}" if lacking else ""))
 
 
 async def examine() -> list[Finding]:
     """All of it."""
     findings = list(machine())
     for name, make in BACKENDS.items():
-        findings.append(await backend(f"backend {name}", make))
+        findings.append(await backend(name, make))
     known = images.names()
     text = ", ".join([images.HOST, *known]) + (
         "" if known else "; `palaestra sandbox image build` makes the base image"

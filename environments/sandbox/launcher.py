@@ -148,7 +148,7 @@ class Launcher:
         if os.fork() == 0:
             try:
                 self.channel.close()
-                visitor.answer(request, target, socket.socket(fileno=stream), self.stage)
+                visitor.answer(request, target, socket.socket(fileno=stream))
             finally:
                 os._exit(0)
 

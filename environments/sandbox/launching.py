@@ -30,9 +30,10 @@ STAGE = "palaestra-boxes-"
 
 
 class Launching:
-    """Starts the launcher, speaks with it, and starts another where it has ended."""
+    """Starts the launcher, speaks with it, and starts another where it has ended. `backend`: whose boxes these are."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str) -> None:
+        self._backend = backend
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
@@ -40,7 +41,8 @@ class Launching:
         """By monitor: how the box's first process ended, once it has."""
         self._numbers = itertools.count()
         self._gate = asyncio.Semaphore(AT_ONCE)
-        self._stage = STAGES / f"{STAGE}{os.getpid()}-{processes.started(os.getpid())}-{id(self):x}"
+        self.stage = STAGES / f"{STAGE}{os.getpid()}-{processes.started(os.getpid())}-{id(self):x}"
+        """The folder over which every box mounts its own disk; empty out here."""
 
     @property
     def lives(self) -> bool:
@@ -58,11 +60,11 @@ class Launching:
                 found = await asyncio.wait_for(answer, SECONDS)
             except (OSError, TimeoutError) as error:
                 text = str(error) or f"nothing for {SECONDS:g} s"
-                raise Failure(Cause.SANDBOX, f"native: the launcher does not answer: {text}") from error
+                raise Failure(Cause.SANDBOX, f"{self._backend}: the launcher does not answer: {text}") from error
             finally:
                 del self._waiting[number]
         if "error" in found:
-            raise Failure(Cause.SANDBOX, f"native: {found['error']}")
+            raise Failure(Cause.SANDBOX, f"{self._backend}: {found['error']}")
         self._boxes[found["monitor"]] = asyncio.get_running_loop().create_future()
         return found
 
@@ -92,13 +94,15 @@ class Launching:
                     async with asyncio.timeout(VISIT_SECONDS):
                         said = await _exchange(ours, content)
                 except (ConnectionError, TimeoutError) as error:
-                    raise Failure(Cause.SANDBOX, f"native: {request['visit']}: {error or 'took too long'}") from error
+                    raise Failure(
+                        Cause.SANDBOX, f"{self._backend}: {request['visit']}: {error or 'took too long'}"
+                    ) from error
         answer, _, last = said.rpartition(b"\n")
         if last == b"ok":
             return answer
         if last.startswith(b"error "):
             raise OSError(last.removeprefix(b"error ").decode(errors="replace"))
-        raise Failure(Cause.SANDBOX, f"native: {request['visit']}: the visitor of the box's files died")
+        raise Failure(Cause.SANDBOX, f"{self._backend}: {request['visit']}: the visitor of the box's files died")
 
     def _ask(self, request: Mapping[str, Any], descriptors: Sequence[int]) -> None:
         content = json.dumps(dict(request)).encode()
@@ -108,12 +112,12 @@ class Launching:
 
     def _start(self) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._stage.mkdir(mode=0o711, exist_ok=True)  # a box's root is another user
+        self.stage.mkdir(mode=0o711, exist_ok=True)  # a box's root is another user
         launcher = str(Path(__file__).with_name("launcher.py"))
         command = [sys.executable, "-I", "-S", launcher, str(theirs.fileno())]
         self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env={}, cwd="/")
         theirs.close()
-        config = {"stage": str(self._stage), "bwrap": shutil.which("bwrap"), "filter": seccomp.program().hex()}
+        config = {"stage": str(self.stage), "bwrap": shutil.which("bwrap"), "filter": seccomp.program().hex()}
         ours.send(json.dumps(config).encode())
         ours.setblocking(False)
         asyncio.get_running_loop().add_reader(ours, self._read)
@@ -147,7 +151,7 @@ class Launching:
         """End the launcher, and with it every box."""
         self._end()
         with suppress(OSError):
-            self._stage.rmdir()
+            self.stage.rmdir()
 
     def _end(self) -> None:
         if self._channel is not None:

@@ -9,29 +9,34 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from palaestra.environments.sandbox import archives, images, launching, processes
+from palaestra.environments.sandbox import archives, images, launching
 from palaestra.environments.sandbox.cgroups import Group, disown, parents, sweep
 from palaestra.environments.sandbox.images import HOST, Config, Image
 from palaestra.environments.sandbox.launching import Launching
-from palaestra.environments.sandbox.shell import SUPERVISOR, Ended, Shell, Streams
+from palaestra.environments.sandbox.shell import SUPERVISOR, Pipes, Streams
+from palaestra.environments.sandbox.visitor import CLONE_NEWNS, CLONE_NEWUSER
+from palaestra.environments.sandbox.visits import (
+    COLLECTED,
+    ENVIRONMENT,
+    FILES,
+    KEPT_CAPABILITIES,
+    SHM,
+    VisitedBox,
+    silence,
+)
 from palaestra.gym.outcome import Cause, Failure
-from palaestra.gym.sandbox import BoxLimits, Capabilities, Destroyed, Entry, Executed, Process
+from palaestra.gym.sandbox import BoxLimits, Capabilities, Destroyed, Entry, Executed
 
 RANGE, FIRST, SLOTS = 1 << 16, 0x71000000, 4096
 """Ids of one box; where the boxes' ids begin on the host; how many boxes have ids of their own at once."""
 NUMBERS = itertools.count(secrets.randbelow(SLOTS))
 """Of this process's boxes, whatever their backend; begun anywhere, so that other processes seldom use the same ids."""
-SHM, READ, COLLECTED = 64 << 20, 10 << 20, 256 << 20
-"""Bytes of shared memory; of a file that is read; of all changed files together."""
 NAMESPACES = ("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try")
-KEPT_CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "SETUID", "SETGID", "KILL", "NET_BIND_SERVICE")
-ENVIRONMENT = {"HOME": "/root", "LANG": "C.UTF-8", "TERM": "dumb"}
 HOST_LINKS = ("bin", "sbin", "lib", "lib64", "lib32")
 HOST_ETC = ("alternatives", "ld.so.cache", "passwd", "group", "nsswitch.conf", "mime.types")
 STARVED_SECONDS = 10.0
@@ -45,60 +50,41 @@ MASKED = [
 ]
 """Files of /proc that tell of the machine, or by which a box could write its own init."""
 HOST_IMAGE = Image(Path("/"), Config(workdir="/work"))
-RLIMITS = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 1024}
+ONCE = 'read -r go <&4; "$@" 3>&- 4<&-; echo "ended $?" >&3'
+"""Runs one command, once it is told to on 4, and tells on 3 how it ended."""
+RLIMITS = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": FILES}
 
 
-class Pipes:
-    """The three pipes of a box: our ends, and the box's (commands, output, statuses)."""
-
-    def __init__(self) -> None:
-        commands, output, statuses = os.pipe(), os.pipe(), os.pipe()
-        self.theirs = (commands[0], output[1], statuses[1])
-        self.streams = Streams(commands[1], output[0], statuses[0])
-
-    def close_theirs(self) -> None:
-        """Close the box's ends here: it has its own."""
-        for descriptor in self.theirs:
-            os.close(descriptor)
-
-    def said(self) -> str:
-        """What was written to the statuses: bubblewrap's complaint, where it had one."""
-        with suppress(OSError):
-            return "; " + os.read(self.streams.statuses, 4096).decode(errors="replace").strip()
-        return ""
-
-
-def _shell(streams: Streams, kept: int, token: str, stop: Callable[[float], None]) -> Shell:
-    return Shell(streams, kept, stop, token)
-
-
-class NativeBox:
+class NativeBox(VisitedBox):
     """A live box."""
 
     def __init__(
-        self, launcher: Launching, image: Image, answer: Mapping[str, Any], group: Group, shell: Callable[..., Shell]
+        self,
+        launcher: Launching,
+        image: Image,
+        answer: Mapping[str, Any],
+        group: Group,
+        streams: Streams,
+        limits: BoxLimits,
+        token: str,
     ) -> None:
-        self._launcher = launcher
+        self._number: int = answer["monitor"]
+        self._monitor = os.pidfd_open(self._number)
+        try:
+            super().__init__(launcher, answer["pid"], streams, limits, token)
+        except OSError:
+            os.close(self._monitor)
+            raise
         self._image = image
         self._group = group
-        self._destroyed = False
         self._kills, self._starved = 0, -math.inf
         """How many processes the kernel has killed for want of memory, and when that was last seen to rise."""
         self.baseline: Mapping[str, Entry | None] = {}
-        self.init: int = answer["pid"]
-        self._handle = os.pidfd_open(self.init)
-        self._number: int = answer["monitor"]
-        self._monitor = os.pidfd_open(self._number)
-        self._namespace = processes.namespace(self.init)
-        self.shell = shell(self._stop)
 
     async def exec(self, command: str, timeout: float) -> Executed:
         """See Box.exec."""
         self._look_at_memory()
-        try:
-            return await self.shell.exec(command, timeout)
-        except Ended:
-            raise await self._lost() from None
+        return await super().exec(command, timeout)
 
     def _look_at_memory(self) -> None:
         kills = self._group.kills()
@@ -106,12 +92,12 @@ class NativeBox:
             self._kills, self._starved = kills, time.monotonic()
 
     async def _lost(self) -> Exception:
-        """Why the box is gone. From inside its init cannot be killed, only starved or broken: its own doing."""
+        """From inside its init cannot be killed, only starved or broken: its own doing."""
         if self._destroyed:
             return Failure(Cause.SANDBOX, "native: the box has been destroyed")
-        if not self._launcher.lives:
+        if not self._launching.lives:
             return Failure(Cause.SANDBOX, "native: the launcher ended, and every box with it")
-        status = await self._launcher.status(self._number)
+        status = await self._launching.status(self._number)
         self._look_at_memory()
         if time.monotonic() - self._starved < STARVED_SECONDS:
             return Destroyed("the box ran out of memory and was ended")
@@ -119,51 +105,24 @@ class NativeBox:
             return Failure(Cause.SANDBOX, f"native: the box was killed from outside (status {status})")
         return Destroyed(f"the box's first process was brought to its end (status {status})")
 
-    async def read(self, path: str) -> bytes:
-        """See Box.read."""
-        return await self._visit({"visit": "read", "path": path, "limit": READ}, self._handle)
-
-    async def put(self, entries: Mapping[str, Entry]) -> None:
-        """See Box.put."""
-        await self._visit({"visit": "put"}, self._handle, archives.packed(entries))
-
-    async def write(self, path: str, content: str | bytes) -> None:
-        """See Box.write."""
-        data = content.encode() if isinstance(content, str) else content
-        await self.put({path: Entry("file", 0o644, data)})
-
     async def diff(self) -> Mapping[str, Entry | None]:
         """See Box.diff."""
         return archives.beyond(self.baseline, await self.layer())
 
     async def layer(self) -> Mapping[str, Entry | None]:
         """The whole writable layer, the baseline included."""
-        packed = await self._visit({"visit": "diff", "limit": COLLECTED}, self._monitor)
-        lower = None if self._image is HOST_IMAGE else self._image.root
-        return await asyncio.to_thread(archives.changes, packed, lower)
-
-    async def processes(self) -> list[Process]:
-        """See Box.processes."""
-        return processes.described(processes.inside(self._namespace))
-
-    async def ask(self, port: int, request: bytes, timeout: float) -> bytes:
-        """See Box.ask."""
-        return await self._visit({"visit": "ask", "port": port, "timeout": timeout}, self._handle, request)
-
-    async def _visit(self, request: Mapping[str, Any], target: int, content: bytes = b"") -> bytes:
-        if self._gone():
-            raise await self._lost()
-        try:
-            return await self._launcher.visit(request, target, content)
-        finally:
-            if self._gone():  # what a visitor finds in a box that is being taken down is nothing
-                raise await self._lost() from None
+        request = {
+            "visit": "diff",
+            "limit": COLLECTED,
+            "layer": f"{self._launching.stage}/upper",
+            "enter": CLONE_NEWUSER | CLONE_NEWNS,
+        }
+        packed = await self._visited(request, self._monitor)
+        lowers = () if self._image is HOST_IMAGE else (self._image.root,)
+        return await asyncio.to_thread(archives.changes, packed, lowers)
 
     def _gone(self) -> bool:
-        return self._destroyed or not self._launcher.lives or processes.dead(self.init, self._namespace)
-
-    def _stop(self, since: float) -> None:
-        processes.stop(partial(processes.inside, self._namespace), since, (self.init,))
+        return super()._gone() or not self._launching.lives
 
     async def destroy(self) -> None:
         """See Box.destroy."""
@@ -178,7 +137,7 @@ class NativeBox:
             await _gone(self._monitor)  # it, too, is in the control groups
         finally:
             self._group.remove()
-            self._launcher.forget(self._number)
+            self._launching.forget(self._number)
             os.close(self._handle)
             os.close(self._monitor)
 
@@ -203,7 +162,7 @@ class Native:
         self.capabilities = Capabilities(
             isolation=True, memory="memory" in groups, disk_quota=True, processes="pids" in groups, no_network=True
         )
-        self._launching = Launching()
+        self._launching = Launching("native")
         self._name = f"boxes-{id(self):x}-"
         self._skeleton: Mapping[str, Entry | None] = {}
         sweep()
@@ -217,11 +176,13 @@ class Native:
         """A fresh box of an image at hand."""
         token = secrets.token_hex(8)
         pipes = Pipes()
-        shell = partial(_shell, pipes.streams, limits.output, token)
-        box = await self._start(image, limits, ["/bin/sh", "-c", SUPERVISOR, "sh", token], pipes, pipes.theirs, shell)
+        command = ["/bin/sh", "-c", SUPERVISOR, "sh", token]
+        box = await self._start(image, limits, command, pipes, pipes.theirs, token)
         try:
             if problem := await box.shell.starts(launching.SECONDS):
                 raise Failure(Cause.SANDBOX, f"native: the box does not start: {problem}")
+            if not limits.loopback:
+                await silence(self._launching, box.init, CLONE_NEWUSER)
             if image is HOST_IMAGE:
                 self._skeleton = self._skeleton or await box.layer()
                 box.baseline = self._skeleton
@@ -232,12 +193,14 @@ class Native:
 
     async def run(self, image: str, limits: BoxLimits, command: Sequence[str]) -> int:
         """Run one command in a fresh box with our standard input, output and errors; its exit status."""
-        script = ["/bin/sh", "-c", '"$@" 3>&-; echo "ended $?" >&3', "sh", *command]
+        script = ["/bin/sh", "-c", ONCE, "sh", *command]
         pipes = Pipes()
-        shell = partial(_shell, pipes.streams, limits.output, "")
         found = HOST_IMAGE if image == HOST else images.find(image)
-        box = await self._start(found, limits, script, pipes, (0, 1, 2, pipes.theirs[2]), shell)
+        box = await self._start(found, limits, script, pipes, (0, 1, 2, pipes.theirs[2], pipes.theirs[0]))
         try:
+            if not limits.loopback:
+                await silence(self._launching, box.init, CLONE_NEWUSER)
+            os.write(pipes.streams.commands, b"go\n")
             return await box.shell.ends()
         finally:
             await box.destroy()
@@ -249,13 +212,13 @@ class Native:
         command: Sequence[str],
         pipes: Pipes,
         descriptors: Sequence[int],
-        shell: Callable[..., Shell],
+        token: str = "",
     ) -> NativeBox:
         slot, group = next(NUMBERS), None
         try:
             group = Group(f"{self._name}{slot}", limits)
             answer = await self._launching.launch(self._request(image, limits, group, slot, command), descriptors)
-            return NativeBox(self._launching, image, answer, group, shell)
+            return NativeBox(self._launching, image, answer, group, pipes.streams, limits, token)
         except BaseException as error:
             said = pipes.said()
             pipes.streams.close()

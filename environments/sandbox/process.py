@@ -17,9 +17,9 @@ from pathlib import Path
 
 from palaestra.environments.sandbox import processes
 from palaestra.environments.sandbox.images import HOST
-from palaestra.environments.sandbox.shell import SUPERVISOR, Ended, Shell, Streams
+from palaestra.environments.sandbox.shell import SUPERVISOR, Ended, Pipes, Shell
 from palaestra.gym.outcome import Cause, Failure
-from palaestra.gym.sandbox import BoxLimits, Capabilities, Entry, Executed, Process
+from palaestra.gym.sandbox import READ, BoxLimits, Capabilities, Entry, Executed, Process
 
 MARK = "PALAESTRA_BOX"
 WORK = "/work"
@@ -37,16 +37,14 @@ class ProcessBox:
         self._folder = folder
         self._mark = f"{MARK}={secrets.token_hex(8)}"
         token = secrets.token_hex(8)
-        commands, output, statuses = os.pipe(), os.pipe(), os.pipe()
+        pipes = Pipes()
         self._process = subprocess.Popen(
             ["/bin/sh", "-c", _ceilings(limits) + SUPERVISOR, "sh", token],
-            stdin=commands[0], stdout=output[1], stderr=statuses[1], cwd=folder, start_new_session=True,
+            stdin=pipes.theirs[0], stdout=pipes.theirs[1], stderr=pipes.theirs[2], cwd=folder, start_new_session=True,
             env=_environment(folder) | dict([self._mark.split("=")]),
         )  # fmt: skip
-        for descriptor in (commands[0], output[1], statuses[1]):
-            os.close(descriptor)
-        self._streams = Streams(commands[1], output[0], statuses[0])
-        self.shell = Shell(self._streams, limits.output, self._stop, token)
+        pipes.close_theirs()
+        self.shell = Shell(pipes.streams, limits.output, self._stop, token)
 
     async def exec(self, command: str, timeout: float) -> Executed:
         """See Box.exec."""
@@ -60,6 +58,8 @@ class ProcessBox:
         place = self._place(path)
         if not stat.S_ISREG(place.stat().st_mode):
             raise OSError(f"{path} is no regular file")
+        if place.stat().st_size > READ:
+            raise OSError(f"{path} has {place.stat().st_size} bytes; the limit is {READ}")
         return place.read_bytes()
 
     async def put(self, entries: Mapping[str, Entry]) -> None:

@@ -53,6 +53,26 @@ class Streams:
         self.closed = True
 
 
+class Pipes:
+    """The three pipes of a box: our ends, and the box's (commands, output, statuses)."""
+
+    def __init__(self) -> None:
+        commands, output, statuses = os.pipe(), os.pipe(), os.pipe()
+        self.theirs = (commands[0], output[1], statuses[1])
+        self.streams = Streams(commands[1], output[0], statuses[0])
+
+    def close_theirs(self) -> None:
+        """Close the box's ends here: it has its own."""
+        for descriptor in self.theirs:
+            os.close(descriptor)
+
+    def said(self) -> str:
+        """What was written to the statuses: bubblewrap's complaint, where it had one."""
+        with suppress(OSError):
+            return "; " + os.read(self.streams.statuses, 4096).decode(errors="replace").strip()
+        return ""
+
+
 class Ended(Exception):
     """The box's init is gone."""
 

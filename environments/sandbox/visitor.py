@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import ctypes
 import encodings.idna  # noqa: F401 (connect() wants it, and in a box it cannot be found any more)
+import fcntl
 import io
 import os
 import secrets
 import signal
 import socket
 import stat
+import struct
 import tarfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000
+CAPABILITY_VERSION, KEPT = 0x20080522, 0b1011
+"""Of capset(2); the capabilities of a visitor: CHOWN, DAC_OVERRIDE, FOWNER."""
+SIOCSIFFLAGS = 0x8914
+OPAQUE = ("user.overlay.opaque", "trusted.overlay.opaque")
 SECONDS, ANSWER, CHUNK, LOOKS = 60, 1 << 20, 1 << 16, 20
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -29,28 +36,28 @@ class TooMuch(Exception):
     """More is there than is collected."""
 
 
-def answer(request: dict[str, Any], target: int, peer: socket.socket, stage: str) -> None:
+def answer(request: dict[str, Any], target: int, peer: socket.socket) -> None:
     """Do what `request["visit"]` says in the box of the process handle `target`, speak with the owner, and end.
 
     read: the content of the file `path`. put: a tar archive that the owner sends is unpacked. diff: a tar archive of
-    the writable layer below `stage`. ask: what a service answers at `port` to what the owner sends. The last line of
-    what is said is `ok`, or `error` and why.
+    the writable layer, the folder `layer`. ask: what a service answers at `port` to what the owner sends. silence: the
+    loopback is taken down. `enter` says which namespaces of the process to join first. The last line of what is said is
+    `ok`, or `error` and why.
     """
     signal.alarm(SECONDS)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # an owner that has gone ends it
     stream = peer.makefile("rwb")
     try:
-        enter(target, CLONE_NEWNET if request["visit"] == "ask" else CLONE_NEWNS)
-        if request["visit"] == "read":
-            stream.write(read(request["path"], request["limit"]))
-        elif request["visit"] == "put":
-            put(stream)
-        elif request["visit"] == "diff":
-            os.chroot(f"{stage}/upper")
+        if request["enter"]:
+            enter(target, request["enter"])
+        if request["visit"] == "diff":
+            os.chroot(request["layer"])
             os.chdir("/")
             collect(stream, request["limit"])
+        elif request["visit"] == "silence":
+            silence()
         else:
-            stream.write(ask(request["port"], stream.read(), request["timeout"]))
+            stream.write(visit(request, stream))
         last = "ok"
     except BaseException as error:
         last = "error " + " ".join(f"{type(error).__name__}: {error}".split())
@@ -60,14 +67,40 @@ def answer(request: dict[str, Any], target: int, peer: socket.socket, stage: str
     stream.flush()
 
 
-def enter(target: int, namespace: int) -> None:
-    """Join the user namespace of a process and another one, as their root. Raises OSError."""
+def visit(request: dict[str, Any], stream: io.BufferedIOBase) -> bytes:
+    """Do what links of the box, or its services, could lead astray: with no more rights than its own root has."""
+    _drop_capabilities()
+    if request["visit"] == "read":
+        return read(request["path"], request["limit"])
+    if request["visit"] == "put":
+        put(stream)
+        return b""
+    return ask(request["port"], stream.read(), request["timeout"])
+
+
+def enter(target: int, namespaces: int) -> None:
+    """Join namespaces of a process, as the root of its user namespace. Raises OSError."""
     if os.geteuid() == 0:
         os.setgroups([])
-    if libc.setns(target, CLONE_NEWUSER | namespace) < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    _checked(libc.setns(target, namespaces))
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
+
+
+def silence() -> None:
+    """Take the loopback interface down. Raises OSError."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sH22x", b"lo", 0))
+
+
+def _drop_capabilities() -> None:
+    header, sets = struct.pack("Ii", CAPABILITY_VERSION, 0), struct.pack("6I", KEPT, KEPT, 0, 0, 0, 0)
+    _checked(libc.capset(header, sets))
+
+
+def _checked(result: int) -> None:
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def read(path: str, limit: int) -> bytes:
@@ -179,10 +212,11 @@ def walk(top: str) -> Iterator[str]:
 
 
 def _opaque(path: str) -> bool:
-    try:
-        return os.getxattr(path, "user.overlay.opaque") == b"y"
-    except OSError:
-        return False
+    for name in OPAQUE:
+        with suppress(OSError):
+            if os.getxattr(path, name) == b"y":
+                return True
+    return False
 
 
 def ask(port: int, request: bytes, timeout: float) -> bytes:

@@ -13,14 +13,14 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from palaestra.environments.sandbox.backends import Backend, open_backend, ready_backend
+from palaestra.environments.sandbox.backends import Backend, BoxConfig, open_backend, ready_backend
 from palaestra.environments.swe.build import build_all
 from palaestra.environments.swe.repository import repository, whole
 from palaestra.environments.swe.tests_run import REPO, placed
 from palaestra.environments.swe.verify import repair, repaired
-from palaestra.environments.terminal import shown
+from palaestra.environments.terminal import ran, shown
 from palaestra.gym.environment import Environment, Progress, ToolError, metric, reward, tool
 from palaestra.gym.outcome import Cause, Failure
 from palaestra.gym.sandbox import Box, BoxLimits, Capabilities
@@ -41,19 +41,16 @@ ASKED = "The repository lies in /work/repo. Change its source, then call submit.
 class Swe(Environment):
     """Repair the repository in /work/repo as the report asks: look with bash and view, change with edit, submit."""
 
-    class Config(BaseModel):
+    class Config(BoxConfig):
         """`source`: bugs in packages, QuixBugs, Exercism, or small ones that are generated; `folder`: where `palaestra
         tasks build swe` wrote tasks (default: those that ship); `levels` and `packages` to choose among them (none
-        named: all); `backend` and `image` of the sandbox; `seconds` that one command may take, `judging` the tests."""
-
-        model_config = ConfigDict(extra="forbid", frozen=True)
+        named: all); `backend` of the sandbox, `image` and `limits` of its boxes, of which `warm` are made ahead;
+        `seconds` that one command may take, `judging` the tests; `shown`: characters of output that the policy sees."""
 
         source: Literal["packages", "quixbugs", "exercism", "small"] = "packages"
         folder: str = ""
         levels: tuple[int, ...] = (1, 2, 3)
         packages: tuple[str, ...] = ()
-        backend: str = "auto"
-        image: str = "host"
         seconds: float = Field(default=60.0, gt=0)
         judging: float = Field(default=90.0, gt=0)
         shown: int = Field(default=8000, ge=100)
@@ -117,11 +114,7 @@ class Swe(Environment):
     async def bash(self, command: str) -> str:
         """Run a command in the shell, which begins in /work/repo."""
         assert self._box is not None
-        done = await self._box.exec(command, self.config.seconds)
-        text = shown(done.output, self.config.shown)
-        if done.timed_out:
-            return f"{text}\n[stopped after {self.config.seconds:g} s]"
-        return text if done.status == 0 else f"{text}\n[exit status {done.status}]"
+        return await ran(self._box, command, self.config.seconds, self.config.shown)
 
     @tool
     async def view(self, path: str, start: int = 1, end: int = 200) -> str:

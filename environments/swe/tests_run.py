@@ -76,7 +76,7 @@ async def run(
         f"{shlex.join(sorted(places) or repo.arguments)} < /dev/null > /tmp/output 2>&1"
     )
     done = await box.exec(command, seconds)
-    if done.timed_out:
+    if done.stopped:
         return Report()
     try:
         content: Any = json.loads(await box.read(report))
