@@ -59,6 +59,7 @@ def real_docker() -> Measured:
     found = run(
         [
             "tests/test_sandbox.py",
+            "tests/test_sandbox_docker.py",
             "tests/test_terminal.py",
             "tests/test_sandbox_faults.py",
             "-k",
