@@ -17,24 +17,23 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from palaestra.environments.boxed import NEEDS, Boxed
 from palaestra.environments.harbor_task import MIB, HarborTask, load, rewards, variables
 from palaestra.environments.sandbox import dockerfile, images
 from palaestra.environments.sandbox.backends import Backend, open_backend
-from palaestra.environments.terminal import ran
-from palaestra.gym.environment import Environment, metric, reward, tool
+from palaestra.gym.environment import Environment, metric, reward
 from palaestra.gym.outcome import Cause, Failure
 from palaestra.gym.registry import UsageError
-from palaestra.gym.sandbox import Box, BoxLimits, Capabilities, Entry
+from palaestra.gym.sandbox import Box, BoxLimits, Entry
 from palaestra.gym.tasksets import split_of
 from palaestra.gym.types import Message, Source, Task, ToolCall
 
-NEEDS = Capabilities(isolation=True, no_network=True)
 LOGS, TESTS = "/logs/verifier", "/tests"
 DISK = 2048
 """MiB of a box's disk at the most: it is memory."""
 
 
-class Harbor(Environment):
+class Harbor(Boxed):
     """A Harbor task: do in a shell what the instruction asks. Reply without a tool call when all is done."""
 
     folder: ClassVar[Path] = Path()
@@ -51,8 +50,6 @@ class Harbor(Environment):
         seconds: float = Field(default=60.0, gt=0)
         shown: int = Field(default=8000, ge=100)
 
-    _box: Box | None = None
-
     @classmethod
     def task_set(cls, config: Any) -> Any:
         """The tasks of the folder."""
@@ -63,22 +60,17 @@ class Harbor(Environment):
         """The sandbox."""
         return open_backend(config.backend, NEEDS)
 
-    @classmethod
-    async def shut(cls, resources: Any) -> None:
-        """End it, and every box with it."""
-        await resources.close()
-
     async def setup(self, task: Task) -> None:
         """A box of the task's image."""
         self._folder = Path(task.data["folder"])
         self._harbor = load(self._folder)
         self._image = self.config.image or await image_of(self._folder, self._harbor, self.config.build)
-        self._box = await self._fresh(self._image)
-        await self._box.exec(
+        await super().setup(task)
+        await self.box.exec(
             f"mkdir -p /logs/agent {LOGS} /logs/artifacts; {_exports(self._harbor.environment.env)}", 10
         )
-        await self._begin(self._box)
-        await self._box.exec(f"cd {shlex.quote(self._workdir())}", 5)
+        await self._begin(self.box)
+        await self.box.exec(f"cd {shlex.quote(self._workdir())}", 5)
 
     async def _begin(self, box: Box) -> None:
         """The healthcheck, tried as often as the task says. Raises Failure(SANDBOX) where it never succeeds."""
@@ -99,6 +91,10 @@ class Harbor(Environment):
     def _workdir(self) -> str:
         return self._harbor.environment.workdir or images.find(self._image).config.workdir
 
+    async def another_box(self) -> Box:
+        """Another box of the task's image."""
+        return await self._fresh(self._image)
+
     async def _fresh(self, image: str) -> Box:
         wants = self._harbor.environment
         limits = BoxLimits(
@@ -108,18 +104,6 @@ class Harbor(Environment):
             processes=512,
         )
         return await self.resources.create(image, limits)  # type: ignore[no-any-return]
-
-    async def close(self) -> None:
-        """Destroy the box."""
-        if self._box is not None:
-            await self._box.destroy()
-            self._box = None
-
-    @tool
-    async def bash(self, command: str) -> str:
-        """Run a command in the shell."""
-        assert self._box is not None
-        return await ran(self._box, command, self.config.seconds, self.config.shown)
 
     @reward
     async def verified(self) -> float:
@@ -134,12 +118,11 @@ class Harbor(Environment):
 
     async def _verify(self) -> dict[str, float]:
         """Run tests/test.sh where the task says. Raises Failure(VERIFIER) where it leaves no reward."""
-        assert self._box is not None
         verifier = self._harbor.verifier
         for collect in verifier.collect:
-            await self._box.exec(collect.command, collect.timeout_sec)
+            await self.box.exec(collect.command, collect.timeout_sec)
         if not verifier.separate:
-            return await self._judged_in(self._box)
+            return await self._judged_in(self.box)
         image = await verifier_image(self._folder, self._harbor, self._image, self.config.build)
         box = await self._fresh(image)
         try:
@@ -150,8 +133,7 @@ class Harbor(Environment):
 
     async def _artifacts(self) -> dict[str, Entry]:
         """What crosses: the declared paths, and /logs/artifacts."""
-        assert self._box is not None
-        changed = await self._box.diff()
+        changed = await self.box.diff()
         pairs = [(one.source, one.destination or one.source) for one in self._harbor.artifacts]
         pairs.append(("/logs/artifacts", "/logs/artifacts"))
         out: dict[str, Entry] = {}

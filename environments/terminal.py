@@ -4,44 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from palaestra.environments import harbor_export
 from palaestra.environments import terminal_state as state
-from palaestra.environments.sandbox.backends import Backend, BoxConfig, ready_backend
-from palaestra.gym.environment import Environment, metric, reward, tool
+from palaestra.environments.boxed import Boxed
+from palaestra.gym.environment import metric, reward
 from palaestra.gym.outcome import Cause, Failure
-from palaestra.gym.sandbox import Box, Capabilities, Entry
+from palaestra.gym.sandbox import Box, Entry
 from palaestra.gym.types import Message, Task, ToolCall
 from palaestra.tasks.terminal import PROGRAMS, shell_tasks
 from palaestra.tasks.terminal.puzzle import Node, Tree
 
-NEEDS = Capabilities(isolation=True, no_network=True)
 TOLERATED = ("/tmp/", "/var/", "/dev/", "/run/", "/root/.")
 """Where anything may change."""
 SETUP_SECONDS = 30.0
 ASK_SECONDS, SETTLE_SECONDS = 5.0, 2.0
 
 
-class Terminal(Environment):
+class Terminal(Boxed):
     """Do in a shell what the task asks; the shell begins in /work. Reply without a tool call when all is done."""
 
-    class Config(BoxConfig):
+    class Config(Boxed.Config):
         """`levels` and `families` of the generated tasks (all families, when none is named); `backend` of the sandbox,
         `image` and `limits` of its boxes, of which `warm` are made ahead; `seconds` that one command may take; `shown`:
         characters of output that the policy sees."""
 
         levels: tuple[int, ...] = (1, 2, 3)
         families: tuple[str, ...] = ()
-        seconds: float = Field(default=30.0, gt=0)
-        shown: int = Field(default=8000, ge=100)
 
-    _box: Box | None = None
     _baseline: Mapping[str, Entry | None] = {}
 
     @classmethod
@@ -50,15 +44,9 @@ class Terminal(Environment):
         return shell_tasks(config.levels, config.families)
 
     @classmethod
-    async def open(cls, config: Any) -> Backend:
-        """The sandbox. Raises UsageError where it gives less than these tasks need, or its image lacks a program."""
-        programs = {program for family in config.families or PROGRAMS for program in PROGRAMS.get(family, ())}
-        return await ready_backend(config, NEEDS, programs)
-
-    @classmethod
-    async def shut(cls, resources: Any) -> None:
-        """End it, and every box with it."""
-        await resources.close()
+    def programs(cls, config: Any) -> Iterable[str]:
+        """What the families' tasks use."""
+        return {program for family in config.families or PROGRAMS for program in PROGRAMS.get(family, ())}
 
     @classmethod
     def export(cls, task: Task, folder: Path) -> Path:
@@ -67,28 +55,13 @@ class Terminal(Environment):
 
     async def setup(self, task: Task) -> None:
         """A fresh box in which the task's tree stands."""
-        self._box = box = await self._fresh()
-        await box.put(dict(_entries(_tree(task.data["before"]))))
+        await super().setup(task)
+        await self.box.put(dict(_entries(_tree(task.data["before"]))))
         if task.data.get("setup"):
-            done = await box.exec(task.data["setup"], SETUP_SECONDS)
+            done = await self.box.exec(task.data["setup"], SETUP_SECONDS)
             if done.status or done.stopped:
                 raise Failure(Cause.SANDBOX, f"the task's setup failed: {done.output[-500:].decode(errors='replace')}")
-        self._baseline = await box.diff()
-
-    async def _fresh(self) -> Box:
-        return await self.resources.create(self.config.image, self.config.limits)  # type: ignore[no-any-return]
-
-    async def close(self) -> None:
-        """Destroy the box."""
-        if self._box is not None:
-            await self._box.destroy()
-            self._box = None
-
-    @tool
-    async def bash(self, command: str) -> str:
-        """Run a command in the shell."""
-        assert self._box is not None
-        return await ran(self._box, command, self.config.seconds, self.config.shown)
+        self._baseline = await self.box.diff()
 
     @reward
     async def done(self, task: Task) -> float:
@@ -99,18 +72,16 @@ class Terminal(Environment):
     async def right(self, task: Task) -> float:
         """The share of the wanted tree's paths that are right."""
         wanted = _tree(task.data["after"])
-        assert self._box is not None
         try:
-            found = {path: entry for path, entry in (await self._box.diff()).items() if entry is not None}
+            found = {path: entry for path, entry in (await self.box.diff()).items() if entry is not None}
         except OSError:
             return 0.0
         return max(0.0, 1 - len(state.differences(wanted, found)) / max(1, len(wanted)))
 
     async def _problems(self, task: Task) -> list[str]:
         """What is wrong, a line each."""
-        assert self._box is not None
         try:
-            after = await self._box.diff()
+            after = await self.box.diff()
         except OSError as error:  # more than anyone collects: what ran in the box made it so
             return [str(error)]
         found = {path: entry for path, entry in after.items() if entry is not None}
@@ -125,7 +96,7 @@ class Terminal(Environment):
         return problems
 
     async def _in_fresh_box(self, judge: Any) -> list[str]:
-        box = await self._fresh()
+        box = await self.another_box()
         try:
             return await judge(box)  # type: ignore[no-any-return]
         finally:
@@ -133,9 +104,8 @@ class Terminal(Environment):
 
     async def _check_process(self, check: Mapping[str, Any], found: Mapping[str, Entry]) -> list[str]:
         """So many processes have the argument, whole; what was just killed has a moment to go."""
-        assert self._box is not None
         for _ in range(int(SETTLE_SECONDS / 0.05)):
-            count = sum(check["argument"] in process.arguments for process in await self._box.processes())
+            count = sum(check["argument"] in process.arguments for process in await self.box.processes())
             if count == check["count"]:
                 break
             await asyncio.sleep(0.05)
@@ -143,17 +113,15 @@ class Terminal(Environment):
 
     async def _check_pidfile(self, check: Mapping[str, Any], found: Mapping[str, Entry]) -> list[str]:
         """The file holds the number of the process that has the argument."""
-        assert self._box is not None
-        numbers = [p.pid for p in await self._box.processes() if check["argument"] in p.arguments]
+        numbers = [p.pid for p in await self.box.processes() if check["argument"] in p.arguments]
         content = found[check["path"]].content.strip().decode(errors="replace")
         return [] if content in map(str, numbers) else [f"{check['path']} does not hold the process number"]
 
     async def _check_answer(self, check: Mapping[str, Any], found: Mapping[str, Entry]) -> list[str]:
         """An HTTP GET brings the body."""
-        assert self._box is not None
         request = f"GET {check['path']} HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n".encode()
         try:
-            answer = await self._box.ask(check["port"], request, ASK_SECONDS)
+            answer = await self.box.ask(check["port"], request, ASK_SECONDS)
         except OSError as error:
             return [f"port {check['port']}: {error}"]
         status, _, rest = answer.partition(b"\r\n")
@@ -209,21 +177,3 @@ def _elsewhere(before: Mapping[str, Entry | None], after: Mapping[str, Entry | N
     changed = [path for path in before.keys() | after.keys() if before.get(path, absent) != after.get(path, absent)]
     strange = [p for p in changed if not p.startswith("/work/") and p != "/work" and not f"{p}/".startswith(TOLERATED)]
     return [f"{path}: changed" for path in sorted(strange)]
-
-
-async def ran(box: Box, command: str, seconds: float, limit: int) -> str:
-    """What a policy sees of its command: at most `limit` characters of output, and how it ended."""
-    done = await box.exec(command, seconds)
-    text = shown(done.output, limit)
-    if done.stopped:
-        return f"{text}\n[stopped: it ran for {seconds:g} s, or wrote far too much]"
-    return text if done.status == 0 else f"{text}\n[exit status {done.status}]"
-
-
-def shown(output: bytes, limit: int) -> str:
-    """Output as text, its middle left out where it is long."""
-    text = output.decode(errors="replace").replace("\0", "")
-    if len(text) <= limit:
-        return text.rstrip("\n")
-    half = limit // 2
-    return f"{text[:half]}\n[{len(text) - limit} characters left out]\n{text[-half:]}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from palaestra.environments.boxed import NEEDS
 from palaestra.environments.code import kinds
 from palaestra.environments.code.boxes import LIMITS, Boxes
 from palaestra.environments.code.forks import UNCONTAINED, contained
@@ -15,13 +16,11 @@ from palaestra.environments.code.judge import SECONDS, Verdict, judge, judge_in_
 from palaestra.environments.code.literal import predicted
 from palaestra.environments.sandbox.backends import Backend, BoxConfig, ready_backend
 from palaestra.gym.environment import Environment, metric, reward
-from palaestra.gym.sandbox import Capabilities
 from palaestra.gym.types import Message, Task
 from palaestra.gym.worker import worker
 from palaestra.tasks import code
 from palaestra.tasks.real import humaneval, mbpp
 
-NEEDS = Capabilities(isolation=True, no_network=True)
 FORK = "fork"
 GENERATED = {
     "generator": code.functions,

@@ -12,7 +12,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from palaestra.environments.sandbox import archives, images
 from palaestra.environments.sandbox.base import NAME
@@ -211,9 +211,9 @@ class _Build:
         return found
 
 
-def _changes(options: list[str]) -> dict[str, int]:
+def _changes(options: list[str]) -> dict[str, Any]:
     """What options of COPY change in an entry. Raises UsageError."""
-    change: dict[str, int] = {}
+    change: dict[str, Any] = {}
     for option in options:
         key, _, value = option.partition("=")
         if key == "--chmod" and re.fullmatch("[0-7]{3,4}", value):

@@ -70,7 +70,11 @@ async def backend(name: str, make: Callable[[], Backend]) -> Finding:
     given = opened.capabilities.model_dump()
     lacking = [capability for capability, there in given.items() if not there]
     text = f"a box in {1000 * seconds:.0f} ms, its backend's start included"
-    return Finding(f"backend {name}", done.output == b"works\n", text + (f"; not enforced: {', '.join(lacking)}" if lacking else ""))
+    return Finding(
+        f"backend {name}",
+        done.output == b"works\n",
+        text + (f"; not enforced: {', '.join(lacking)}" if lacking else ""),
+    )
 
 
 async def examine() -> list[Finding]:

@@ -7,7 +7,7 @@ import gzip
 import json
 import random
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from itertools import zip_longest
 from pathlib import Path
@@ -15,20 +15,19 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from palaestra.environments.sandbox.backends import Backend, BoxConfig, open_backend, ready_backend
+from palaestra.environments.boxed import NEEDS, Boxed, shown
+from palaestra.environments.sandbox.backends import open_backend
 from palaestra.environments.swe.build import build_all
 from palaestra.environments.swe.repository import repository, whole
 from palaestra.environments.swe.tests_run import REPO, placed
 from palaestra.environments.swe.verify import repair, repaired
-from palaestra.environments.terminal import ran, shown
-from palaestra.gym.environment import Environment, Progress, ToolError, metric, reward, tool
+from palaestra.gym.environment import Progress, ToolError, metric, reward, tool
 from palaestra.gym.outcome import Cause, Failure
-from palaestra.gym.sandbox import Box, BoxLimits, Capabilities
+from palaestra.gym.sandbox import BoxLimits
 from palaestra.gym.tasksets import split_of
 from palaestra.gym.types import Message, Source, Task, ToolCall
 from palaestra.tasks.repair import exercism, quixbugs, small
 
-NEEDS = Capabilities(isolation=True, no_network=True)
 LIMITS = BoxLimits(memory=1 << 30, disk=512 << 20, processes=256)
 REAL = {"quixbugs": quixbugs, "exercism": exercism}
 COMMIT = (
@@ -38,10 +37,10 @@ COMMIT = (
 ASKED = "The repository lies in /work/repo. Change its source, then call submit."
 
 
-class Swe(Environment):
+class Swe(Boxed):
     """Repair the repository in /work/repo as the report asks: look with bash and view, change with edit, submit."""
 
-    class Config(BoxConfig):
+    class Config(Boxed.Config):
         """`source`: bugs in packages, QuixBugs, Exercism, or small ones that are generated; `folder`: where `palaestra
         tasks build swe` wrote tasks (default: those that ship); `levels` and `packages` to choose among them (none
         named: all); `backend` of the sandbox, `image` and `limits` of its boxes, of which `warm` are made ahead;
@@ -53,10 +52,8 @@ class Swe(Environment):
         packages: tuple[str, ...] = ()
         seconds: float = Field(default=60.0, gt=0)
         judging: float = Field(default=90.0, gt=0)
-        shown: int = Field(default=8000, ge=100)
         limits: BoxLimits = LIMITS
 
-    _box: Box | None = None
     _changed = 0
 
     @classmethod
@@ -78,43 +75,23 @@ class Swe(Environment):
             await backend.close()
 
     @classmethod
-    async def open(cls, config: Any) -> Backend:
-        """The sandbox. Raises UsageError where it gives less than these tasks need, or its image lacks a program."""
-        return await ready_backend(config, NEEDS, ("git", "python3"))
-
-    @classmethod
-    async def shut(cls, resources: Any) -> None:
-        """End it, and every box with it."""
-        await resources.close()
+    def programs(cls, config: Any) -> Iterable[str]:
+        """What tasks use."""
+        return ("git", "python3")
 
     async def setup(self, task: Task) -> list[Message]:
         """A fresh box with the repository in one commit, the tests left out."""
         self._repo = repository(task.data)
-        self._box = box = await self._fresh()
-        await box.put(placed(self._repo.files))
-        done = await box.exec(COMMIT, self.config.seconds)
+        await super().setup(task)
+        await self.box.put(placed(self._repo.files))
+        done = await self.box.exec(COMMIT, self.config.seconds)
         if done.status:
             raise Failure(
                 Cause.SANDBOX, f"the repository cannot be committed: {done.output[-300:].decode(errors='replace')}"
             )
-        await box.exec(f"cd {REPO}", 5)
-        self._baseline = await box.diff()
+        await self.box.exec(f"cd {REPO}", 5)
+        self._baseline = await self.box.diff()
         return []
-
-    async def _fresh(self) -> Box:
-        return await self.resources.create(self.config.image, self.config.limits)  # type: ignore[no-any-return]
-
-    async def close(self) -> None:
-        """Destroy the box."""
-        if self._box is not None:
-            await self._box.destroy()
-            self._box = None
-
-    @tool
-    async def bash(self, command: str) -> str:
-        """Run a command in the shell, which begins in /work/repo."""
-        assert self._box is not None
-        return await ran(self._box, command, self.config.seconds, self.config.shown)
 
     @tool
     async def view(self, path: str, start: int = 1, end: int = 200) -> str:
@@ -136,8 +113,7 @@ class Swe(Environment):
             raise ToolError(
                 f"old stands {count} times in {path}; it must stand there exactly once" if old else "old is empty"
             )
-        assert self._box is not None
-        await self._box.write(_place(path), text.replace(old, new))
+        await self.box.write(_place(path), text.replace(old, new))
         return f"{path} is changed"
 
     @tool(ends=True)
@@ -146,9 +122,8 @@ class Swe(Environment):
         return "submitted"
 
     async def _read(self, path: str) -> str:
-        assert self._box is not None
         try:
-            return (await self._box.read(_place(path))).decode()
+            return (await self.box.read(_place(path))).decode()
         except (OSError, UnicodeDecodeError) as error:
             raise ToolError(f"cannot read {path}: {error}") from None
 
@@ -163,8 +138,7 @@ class Swe(Environment):
         return float(self._changed)
 
     async def _repair(self) -> Any:
-        assert self._box is not None
-        after = await self._box.diff()
+        after = await self.box.diff()
         gone = {path: None for path in self._baseline if path not in after}
         return repair(self._repo, {**gone, **{p: e for p, e in after.items() if self._baseline.get(p, 0) != e}})
 
@@ -176,7 +150,7 @@ class Swe(Environment):
         self._changed = len(made.taken)
         if not made.taken:
             return "no source file was changed"
-        box = await self._fresh()
+        box = await self.another_box()
         try:
             return await repaired(
                 box,
