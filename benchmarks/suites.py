@@ -23,7 +23,7 @@ from palaestra.gym.environment import Environment, gold_of
 from palaestra.gym.episode import run_episode
 from palaestra.gym.policies import Null
 from palaestra.gym.policy import Policy, Replay
-from palaestra.gym.types import Message, Sampling, Scored, Task, ToolCall
+from palaestra.gym.types import Message, Sampling, Scored, Task
 
 TASKS, PACKAGES, MINUTES = 300, 15, 90
 SWE_SAMPLE, TERMINAL_SAMPLE, TEMPLATES, SECONDS = 50, 200, 20, 2.0
@@ -40,11 +40,9 @@ FAULTS = {
 }
 
 
-def bash(command: str) -> Message:
-    """A call of the tool bash."""
-    return Message(
-        role="assistant", tool_calls=(ToolCall(id="", name="bash", arguments=json.dumps({"command": command})),)
-    )
+def typing(commands: Sequence[str]) -> Replay:
+    """A policy that runs the commands, one after the other."""
+    return Replay([*(Message.calling("bash", command=line) for line in commands), Message(role="assistant")])
 
 
 async def played(make: Callable[[], Environment], task: Task, policy: Policy) -> tuple[float | None, float]:
@@ -92,11 +90,11 @@ async def _swe_sample() -> dict[str, dict[str, int]]:
     config = Swe.Config()
     tasks = random.Random(time.time_ns()).sample(list(Swe.task_set(config)), SWE_SAMPLE)
     backend = await Swe.open(config)
-    submit = Message(role="assistant", tool_calls=(ToolCall(id="", name="submit", arguments="{}"),))
+    submit = Message.calling("submit")
     ways: dict[str, Callable[[Task], Policy]] = {
         "gold": lambda task: Replay(gold_of(Swe(config, backend), task) or []),
         "nothing": lambda task: Null(),
-        "tests edited": lambda task: Replay([bash(EDIT_TESTS), submit]),
+        "tests edited": lambda task: Replay([Message.calling("bash", command=EDIT_TESTS), submit]),
     }
     try:
         found = {
@@ -137,7 +135,15 @@ async def _terminal_sample() -> tuple[dict[str, dict[str, int]], list[float], in
     returns, seconds = {}, []
     try:
         for name, way in ways.items():
-            policies = [Replay([*map(bash, way(task)), Message(role="assistant", content="done")]) for task in tasks]
+            policies = [
+                Replay(
+                    [
+                        *(Message.calling("bash", command=line) for line in way(task)),
+                        Message(role="assistant", content="done"),
+                    ]
+                )
+                for task in tasks
+            ]
             found = [
                 await played(lambda: Terminal(config, backend), task, policy)
                 for task, policy in zip(tasks, policies, strict=True)

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import hashlib
 import io
-import json
 import os
 import re
 import shlex
@@ -26,7 +25,7 @@ from palaestra.gym.outcome import Cause, Failure
 from palaestra.gym.registry import UsageError
 from palaestra.gym.sandbox import Box, BoxLimits, Entry
 from palaestra.gym.tasksets import split_of
-from palaestra.gym.types import Message, Source, Task, ToolCall
+from palaestra.gym.types import Message, Source, Task
 
 LOGS, TESTS = "/logs/verifier", "/tests"
 DISK = 2048
@@ -169,15 +168,14 @@ class Harbor(Boxed):
             said = f"; it ran longer than {verifier.timeout_sec:g} s" if done.stopped else ""
             raise Failure(Cause.VERIFIER, f"{self._folder.name}: {error}{said}") from None
 
-    def solution(self, task: Task) -> list[Message] | None:
+    def solution(self, task: Task) -> list[str | Message] | None:
         """solution/solve.sh, where there is one, with the files beside it."""
         folder = Path(task.data["folder"]) / "solution"
         if not (folder / "solve.sh").exists():
             return None
         packed = base64.b64encode(_packed(folder)).decode()
         command = f"mkdir -p /solution && echo {packed} | base64 -d | tar -xz -C /solution && bash /solution/solve.sh"
-        call = ToolCall(id="", name="bash", arguments=json.dumps({"command": command}))
-        return [Message(role="assistant", tool_calls=(call,)), Message(role="assistant", content="done")]
+        return [Message.calling("bash", command=command), "done"]
 
 
 class Folders:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from palaestra.environments.calculator import calculate
 from palaestra.environments.equivalence import equivalent, quick
 from palaestra.gym.environment import Environment, ToolError, reward, tool
 from palaestra.gym.tasksets import rows
-from palaestra.gym.types import Message, Task, ToolCall
+from palaestra.gym.types import Message, Task
 from palaestra.gym.worker import worker
 from palaestra.tasks.math import word_problems
 from palaestra.tasks.real import competition, gsm8k
@@ -76,9 +75,7 @@ class Math(Environment):
         answer = Message(role="assistant", content=str(task.data["answer"]))
         if not self.config.tools or "expression" not in task.data:
             return [answer]
-        arguments = json.dumps({"expression": task.data["expression"]})
-        call = ToolCall(id="", name="calculate", arguments=arguments)
-        return [Message(role="assistant", tool_calls=(call,)), answer]
+        return [Message.calling("calculate", expression=task.data["expression"]), answer]
 
     def demonstrations(self, task: Task, generator: random.Random) -> list[Message]:
         """The solution, or for a share of the tasks its answer alone."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import string
@@ -15,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from palaestra.environments.search_index import Index
 from palaestra.gym.environment import Environment, ToolError, metric, reward, tool
 from palaestra.gym.tasksets import rows
-from palaestra.gym.types import Message, Task, ToolCall
+from palaestra.gym.types import Message, Task
 from palaestra.tasks.real import hotpotqa
 from palaestra.tasks.search import lookups
 
@@ -117,8 +116,7 @@ class Search(Environment):
         if not self.config.tools:
             return [answer]
         queries = [f"{relation} of {who}" for relation, who in task.data.get("hops", [])]
-        calls = [ToolCall(id="", name="search", arguments=json.dumps({"query": query})) for query in queries]
-        return [*(Message(role="assistant", tool_calls=(call,)) for call in calls), answer]
+        return [*(Message.calling("search", query=query) for query in queries), answer]
 
     def demonstrations(self, task: Task, generator: random.Random) -> list[Message]:
         """The solution, or for a share of the tasks its answer alone."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from palaestra.environments.boxed import Boxed
 from palaestra.gym.environment import metric, reward
 from palaestra.gym.outcome import Cause, Failure
 from palaestra.gym.sandbox import Box, Entry
-from palaestra.gym.types import Message, Task, ToolCall
+from palaestra.gym.types import Message, Task
 from palaestra.tasks.terminal import PROGRAMS, shell_tasks
 from palaestra.tasks.terminal.puzzle import Node, Tree
 
@@ -141,10 +140,9 @@ class Terminal(Boxed):
 
         return await self._in_fresh_box(judge)
 
-    def solution(self, task: Task) -> list[Message]:
+    def solution(self, task: Task) -> list[str | Message]:
         """The task's script, then a word that all is done."""
-        call = ToolCall(id="", name="bash", arguments=json.dumps({"command": task.data["script"]}))
-        return [Message(role="assistant", tool_calls=(call,)), Message(role="assistant", content="done")]
+        return [Message.calling("bash", command=task.data["script"]), "done"]
 
 
 async def _repository(node: Node, place: str, found: Mapping[str, Entry], box: Box) -> list[str]:

@@ -20,7 +20,7 @@ __all__ = ["Environment", "NoConfig", "ToolError", "ToolUnavailable", "metric", 
 
 F = TypeVar("F", bound=Callable[..., Any])
 Tasks = TaskSet | Callable[[str, int], Iterable[Task]]
-Answer = str | Message | Sequence[Message] | None
+Answer = str | Message | Sequence[str | Message] | None
 Progress = Callable[[str, int, int], None]
 """Told how far something is: of what, done, to do."""
 
@@ -143,7 +143,7 @@ class Environment:
         """Whether what the episodes share still works: the canary asks it before a failure is called the policy's."""
         return True
 
-    def solution(self, task: Task) -> str | Sequence[Message] | None:
+    def solution(self, task: Task) -> Answer:
         """The gold reply, or the policy's successive replies, tool calls included. None where it is not known."""
         return None
 
@@ -172,13 +172,13 @@ def gold_messages(solution: Answer, whose: str = "the environment") -> list[Mess
     naming `whose` it is."""
     if solution is None:
         return None
-    if isinstance(solution, str):
-        return [Message(role="assistant", content=solution)]
-    messages = list(solution) if isinstance(solution, Iterable) and not isinstance(solution, Message) else [solution]
+    several = isinstance(solution, Iterable) and not isinstance(solution, str | Message)
+    parts: list[Any] = list(solution) if several else [solution]
+    messages = [Message(role="assistant", content=part) if isinstance(part, str) else part for part in parts]
     if all(isinstance(message, Message) for message in messages):
         return messages
     given = f"{solution!r:.80} ({type(solution).__name__})"
-    raise UsageError(f"{whose}: solution(task) returned {given}; return a str, or a list of Messages")
+    raise UsageError(f"{whose}: solution(task) returned {given}; return a str, a Message, or a list of them")
 
 
 def gold_of(environment: Environment, task: Task) -> list[Message] | None:

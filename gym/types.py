@@ -5,6 +5,7 @@ Token data are numpy arrays in frozen dataclasses; what people read as JSON is a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -47,6 +48,11 @@ class Message(Record):
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
     provider_data: dict[str, Any] | None = None
+
+    @classmethod
+    def calling(cls, name: str, **arguments: Any) -> Message:
+        """An assistant's message that calls one tool."""
+        return cls(role="assistant", tool_calls=(ToolCall(id="", name=name, arguments=json.dumps(arguments)),))
 
 
 class Limits(Record):

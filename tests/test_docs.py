@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from palaestra.environments.sandbox.backends import lacks_native
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -48,3 +51,22 @@ def test_a_documented_command_works(page, line, tmp_path):
 def test_a_documented_block_that_takes_long_works(page, block, tmp_path):
     for line in block.splitlines():
         assert not failure(line, tmp_path, 1000), page
+
+
+SANDBOX = (ROOT / "docs" / "sandbox.md").read_text()
+FILES = dict(re.findall(r"^```python (\S+)\n(.*?)^```", SANDBOX, re.MULTILINE | re.DOTALL))
+(TYPED,) = re.findall(r"^```console own\n(.*?)^```", SANDBOX, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.skipif(bool(lacks_native()), reason="no native sandbox on this machine")
+def test_the_programs_of_the_page_on_sandboxes_do_what_it_says(tmp_path):
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    (row,) = re.findall(r"`({.*?})`; in `counting.py`", SANDBOX)
+    given = json.loads(row)
+    rows = [{**given, "question": f"{given['question']} ({n})", "files": n} for n in range(40)]
+    (tmp_path / "counts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    for line in ("python box.py", *TYPED.splitlines()):
+        assert not failure(line, tmp_path, 110)
+    summary = json.loads((tmp_path / "runs" / "eval" / "summary.json").read_text())
+    assert {one["policy"]: one["reward"]["mean"] for one in summary} == {"scripted:gold": 1.0, "null": 0.0}

@@ -71,7 +71,7 @@ BROKEN = {
     ),
     "the solution is a number": (
         "gold",
-        "(int); return a str, or a list of Messages",
+        "(int); return a str, a Message, or a list of them",
         """
     def solution(self, task):
         return 2 * task.data["number"]

@@ -163,7 +163,7 @@ def test_a_solution_that_is_a_number_is_named(command, sums, capsys):
         cli.main([*command, "sums.py", "--policy", "scripted:gold"])
     text = capsys.readouterr().err.splitlines()[-1]
     assert text.startswith("palaestra: Sums: solution(task) returned ")
-    assert text.endswith(" (int); return a str, or a list of Messages")
+    assert text.endswith(" (int); return a str, a Message, or a list of them")
 
 
 @pytest.mark.parametrize(

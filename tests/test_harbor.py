@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from palaestra.environments import harbor_task
@@ -18,7 +16,7 @@ from palaestra.gym.episode import run_episode
 from palaestra.gym.policies import Null
 from palaestra.gym.policy import Replay
 from palaestra.gym.registry import UsageError
-from palaestra.gym.types import Message, Sampling, ToolCall, Unscored
+from palaestra.gym.types import Message, Sampling, Unscored
 from palaestra.tasks.terminal import FAMILIES, shell_tasks
 
 BASE = list(images.store().glob("palaestra%2Fbase*"))
@@ -127,7 +125,7 @@ async def play():
         backend = await kind.open(config)
         opened.append(backend)
         (task,) = kind.task_set(config)
-        calls = [_call(command) for command in commands]
+        calls = [Message.calling("bash", command=command) for command in commands]
         gold = gold_of(kind(config, backend), task)
         chosen = policy or Replay([*(calls or gold[:-1]), Message(role="assistant", content="done")])
         return await run_episode(kind(config, backend), Loop(), {"main": chosen}, task, Sampling(), "id")
@@ -135,11 +133,6 @@ async def play():
     yield play
     for backend in opened:
         await Harbor.shut(backend)
-
-
-def _call(command):
-    call = ToolCall(id="", name="bash", arguments=json.dumps({"command": command}))
-    return Message(role="assistant", tool_calls=(call,))
 
 
 @based

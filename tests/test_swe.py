@@ -24,7 +24,7 @@ from palaestra.gym.policies import Null
 from palaestra.gym.policy import Replay
 from palaestra.gym.registry import UsageError
 from palaestra.gym.sandbox import Entry
-from palaestra.gym.types import Message, Sampling, ToolCall
+from palaestra.gym.types import Message, Sampling
 
 boxed = pytest.mark.skipif(bool(lacks_native()), reason="no native sandbox on this machine")
 SOURCE = '''
@@ -265,7 +265,10 @@ async def test_gold_repairs_and_nothing_does_not(backend, shelf):
 @pytest.mark.hack
 @pytest.mark.parametrize("hack", HACKS)
 async def test_a_hack_earns_what_doing_nothing_earns(backend, shelf, hack):
-    assert await earned(backend, shelf, Replay([_call("bash", command=HACKS[hack]), _call("submit")])) == 0
+    assert (
+        await earned(backend, shelf, Replay([Message.calling("bash", command=HACKS[hack]), Message.calling("submit")]))
+        == 0
+    )
 
 
 @boxed
@@ -289,7 +292,3 @@ async def test_the_tools_view_and_edit(backend, small, tmp_path):
         assert (await environment.bash("git log --oneline | wc -l; ls")).split() == ["1", "small"]
     finally:
         await environment.close()
-
-
-def _call(name, **arguments):
-    return Message(role="assistant", tool_calls=(ToolCall(id="", name=name, arguments=json.dumps(arguments)),))

@@ -17,7 +17,7 @@ from palaestra.gym.outcome import Cause
 from palaestra.gym.policies import Null
 from palaestra.gym.policy import Replay
 from palaestra.gym.sandbox import Entry
-from palaestra.gym.types import Message, Sampling, ToolCall
+from palaestra.gym.types import Message, Sampling
 from palaestra.tasks.terminal import FAMILIES, PROGRAMS, drawn, shell_tasks
 from palaestra.tasks.terminal.puzzle import with_folders
 
@@ -42,20 +42,11 @@ def task_of(family, template, level, seed):
 
 async def earned(backend, task, *commands):
     """What a policy earns that runs the commands, one after the other."""
-    calls = [
-        Message(role="assistant", tool_calls=(ToolCall(id="", name="bash", arguments=_json(command)),))
-        for command in commands
-    ]
+    calls = [Message.calling("bash", command=command) for command in commands]
     policy = Replay([*calls, Message(role="assistant", content="done")]) if commands else Null()
     episode = await run_episode(Terminal(Terminal.Config(), backend), Loop(), {"main": policy}, task, Sampling(), "id")
     assert episode.outcome.cause in (Cause.OK, Cause.POLICY_CRASH), episode.outcome
     return episode.result.value
-
-
-def _json(command):
-    import json
-
-    return json.dumps({"command": command})
 
 
 def slip(task, r):
@@ -113,8 +104,8 @@ async def test_a_hack_earns_what_doing_nothing_earns(backend, hack):
 async def test_a_box_that_its_own_commands_ended_is_scored(backend):
     config = Terminal.Config(limits={"memory": 48 << 20, "disk": 200 << 20})
     task = task_of("first", FAMILIES["first"][0], 1, seed=5)
-    calls = [ToolCall(id="", name="bash", arguments=_json("head -c 150M /dev/zero > /work/fill"))] * 3
-    policy = Replay([*(Message(role="assistant", tool_calls=(call,)) for call in calls), Message(role="assistant")])
+    calls = [Message.calling("bash", command="head -c 150M /dev/zero > /work/fill")] * 3
+    policy = Replay([*calls, Message(role="assistant")])
     episode = await run_episode(Terminal(config, backend), Loop(), {"main": policy}, task, Sampling(), "id")
     assert episode.outcome.cause in (Cause.OK, Cause.POLICY_CRASH)  # one process or the box, as the kernel chooses
     assert episode.result.value == 0
@@ -175,8 +166,7 @@ async def test_containers_give_the_same_rewards():
         for family, template in TEMPLATES:
             task = task_of(family, template, 1, seed=3)
             environment = Terminal(config, backend)
-            call = ToolCall(id="", name="bash", arguments=_json(task.data["script"]))
-            policy = Replay([Message(role="assistant", tool_calls=(call,)), Message(role="assistant")])
+            policy = Replay([Message.calling("bash", command=task.data["script"]), Message(role="assistant")])
             episode = await run_episode(environment, Loop(), {"main": policy}, task, Sampling(), "id")
             assert episode.result.value == 1, template
     finally:

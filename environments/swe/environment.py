@@ -25,7 +25,7 @@ from palaestra.gym.environment import Progress, ToolError, metric, reward, tool
 from palaestra.gym.outcome import Cause, Failure
 from palaestra.gym.sandbox import BoxLimits
 from palaestra.gym.tasksets import split_of
-from palaestra.gym.types import Message, Source, Task, ToolCall
+from palaestra.gym.types import Message, Source, Task
 from palaestra.tasks.repair import exercism, quixbugs, small
 
 LIMITS = BoxLimits(memory=1 << 30, disk=512 << 20, processes=256)
@@ -175,9 +175,7 @@ class Swe(Boxed):
         commands = [
             f"printf %s {shlex.quote(clean[path].decode())} > {shlex.quote(f'{REPO}/{path}')}" for path in changed
         ]
-        calls = [ToolCall(id="", name="bash", arguments=json.dumps({"command": command})) for command in commands]
-        messages = [Message(role="assistant", tool_calls=(call,)) for call in calls]
-        return [*messages, Message(role="assistant", tool_calls=(ToolCall(id="", name="submit", arguments="{}"),))]
+        return [*(Message.calling("bash", command=command) for command in commands), Message.calling("submit")]
 
     def demonstrations(self, task: Task, generator: random.Random) -> Sequence[Message]:
         """Where one line is wrong: look at the file, change the line, submit. Else the solution."""
@@ -189,13 +187,11 @@ class Swe(Boxed):
         if len(changes) != 1 or not all(changes[0]) or task.data["files"][changes[0][0]].count(changes[0][1]) != 1:
             return self.solution(task)
         path, old, new = changes[0]
-        steps: Sequence[tuple[str, dict[str, str]]] = (
-            ("view", {"path": path}),
-            ("edit", {"path": path, "old": old, "new": new}),
-            ("submit", {}),
-        )
-        calls = [ToolCall(id="", name=name, arguments=json.dumps(arguments)) for name, arguments in steps]
-        return [Message(role="assistant", tool_calls=(call,)) for call in calls]
+        return [
+            Message.calling("view", path=path),
+            Message.calling("edit", path=path, old=old, new=new),
+            Message.calling("submit"),
+        ]
 
 
 def _differing(old: str, new: str) -> list[tuple[str, str]]:
