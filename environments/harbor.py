@@ -65,9 +65,7 @@ class Harbor(Boxed):
         self._harbor = load(self._folder)
         self._image = self.config.image or await image_of(self._folder, self._harbor, self.config.build)
         await super().setup(task)
-        await self.box.exec(
-            f"mkdir -p /logs/agent {LOGS} /logs/artifacts; {_exports(self._harbor.environment.env)}", 10
-        )
+        await self.box.exec(f"mkdir -p /logs/agent {LOGS} /logs/artifacts; {self._exports()}", 10)
         await self._begin(self.box)
         await self.box.exec(f"cd {shlex.quote(self._workdir())}", 5)
 
@@ -86,6 +84,9 @@ class Harbor(Boxed):
         raise Failure(
             Cause.SANDBOX, f"{self._folder.name}: its healthcheck fails: {done.output[-300:].decode(errors='replace')}"
         )
+
+    def _exports(self) -> str:
+        return _exports(self._harbor.environment.env)
 
     def _workdir(self) -> str:
         return self._harbor.environment.workdir or images.find(self._image).config.workdir
@@ -121,6 +122,7 @@ class Harbor(Boxed):
         for collect in verifier.collect:
             await self.box.exec(collect.command, collect.timeout_sec)
         if not verifier.separate:
+            await self.box.exec("kill -9 $$", 5)  # what judges gets a shell of its own
             return await self._judged_in(self.box)
         image = await verifier_image(self._folder, self._harbor, self._image, self.config.build)
         box = await self._fresh(image)
@@ -150,9 +152,8 @@ class Harbor(Boxed):
         verifier = self._harbor.verifier
         await box.exec(f"rm -rf {TESTS} {LOGS}; mkdir -p {TESTS} {LOGS} /logs/artifacts", 10)
         await box.put({f"{TESTS}/{path}": entry for path, entry in _files(self._folder / "tests")})
-        exports = _exports(variables(verifier.env, os.environ))
         command = (
-            f"( cd {shlex.quote(self._workdir())}; {exports} bash {TESTS}/test.sh ) "
+            f"( cd {shlex.quote(self._workdir())}; {self._exports()} {_exports(verifier.env)} bash {TESTS}/test.sh ) "
             f"> {LOGS}/test-stdout.txt 2>&1 < /dev/null"
         )
         done = await box.exec(command, verifier.timeout_sec)
@@ -273,4 +274,5 @@ def _packed(folder: Path) -> bytes:
 
 
 def _exports(env: Mapping[str, str]) -> str:
-    return "".join(f"export {name}={shlex.quote(value)}; " for name, value in env.items())
+    filled = variables(env, os.environ)
+    return "".join(f"export {name}={shlex.quote(value)}; " for name, value in filled.items())

@@ -7,11 +7,14 @@ standard library.
 
 from __future__ import annotations
 
+import gzip
 import io
+import lzma
 import shlex
 import sqlite3
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +26,14 @@ Git = Callable[[str], Awaitable[str]]
 """Runs git with some arguments in the folder that holds the bare repository `judged`; what it prints."""
 
 WORK = "/work"
-TEXTS = 1 << 20
-"""Bytes that are read of an archive's member."""
+LARGEST, MEMBERS, STEPS, ROWS = 4 << 20, 1000, 10_000_000, 100_000
+"""Bytes and members of an archive that is opened, and what a database may cost: its makers may mean harm."""
 OPAQUE = ("sqlite", "archive")
+UNREADABLE = (
+    sqlite3.Error, tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, OSError, EOFError, ValueError,
+    RuntimeError, NotImplementedError,
+)  # fmt: skip
+"""What reading a damaged database or archive raises; of zips also encrypted ones and unknown compressions."""
 
 
 def content_of(node: Node) -> bytes:
@@ -105,7 +113,7 @@ def _problem(node: Node | None, entry: Entry | None) -> str:
 def _unlike(node: Node, content: bytes) -> str:
     try:
         found = tables(content) if node.kind == "sqlite" else members(node.parts["format"], content)
-    except (sqlite3.Error, tarfile.TarError, zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+    except UNREADABLE as error:
         return f"is no {node.kind} ({error})"
     wanted = node.parts if node.kind == "sqlite" else node.parts["members"]
     return "" if found == _plain(wanted) else f"holds something else than it should ({node.kind})"
@@ -114,7 +122,8 @@ def _unlike(node: Node, content: bytes) -> str:
 def _plain(parts: Mapping[str, Any]) -> dict[str, Any]:
     """Tables with sorted rows; members as they are."""
     return {
-        name: {**part, "rows": sorted(part["rows"])} if isinstance(part, dict) else part for name, part in parts.items()
+        name: {**part, "rows": sorted(part["rows"], key=_order)} if isinstance(part, dict) else part
+        for name, part in parts.items()
     }
 
 
@@ -122,8 +131,12 @@ def tables(content: bytes) -> dict[str, Any]:
     """The tables of a database: columns with their types, rows sorted. Raises sqlite3.Error, ValueError."""
     if not content:
         return {}  # what SQLite makes of an empty file
+    if len(content) > LARGEST:
+        raise ValueError(f"{len(content)} bytes; at most {LARGEST} are read")
     with sqlite3.connect(":memory:") as db:
         db.deserialize(content)
+        db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LARGEST)
+        db.set_progress_handler(lambda: 1, STEPS)  # ends what takes longer
         db.execute("PRAGMA trusted_schema = OFF")
         if db.execute("PRAGMA integrity_check").fetchall() != [("ok",)]:
             raise ValueError("its integrity check fails")
@@ -132,24 +145,63 @@ def tables(content: bytes) -> dict[str, Any]:
         for name in names:
             quoted = '"' + name.replace('"', '""') + '"'
             columns = [[column[1], column[2]] for column in db.execute(f"PRAGMA table_info({quoted})")]
-            rows = [list(row) for row in db.execute(f"SELECT * FROM {quoted} LIMIT 100000")]
-            found[name] = {"columns": columns, "rows": sorted(rows)}
+            found[name] = {"columns": columns, "rows": sorted(_rows(db, quoted), key=_order)}
         return found
 
 
+def _order(row: list[Any]) -> list[tuple[int, Any]]:
+    """Where a row stands among others, as SQLite orders values: none, numbers, texts, blobs."""
+    return [
+        (0, 0)
+        if value is None
+        else ((str, bytes).index(type(value)) + 2, value)
+        if isinstance(value, str | bytes)
+        else (1, value)
+        for value in row
+    ]
+
+
+def _rows(db: sqlite3.Connection, table: str) -> list[list[Any]]:
+    found: list[list[Any]] = []
+    left = LARGEST
+    for row in db.execute(f"SELECT * FROM {table} LIMIT {ROWS}"):
+        found.append(list(row))
+        left -= len(repr(row))
+        if left < 0:
+            raise ValueError(f"{table} has more than {LARGEST} bytes")
+    return found
+
+
 def members(form: str, content: bytes) -> dict[str, str]:
-    """The files of an archive by name. Raises ValueError for what is no plain file."""
+    """The files of an archive by name. Raises ValueError for what is no plain file, or too much."""
     if form == "zip":
         with zipfile.ZipFile(io.BytesIO(content)) as packed:
-            return {info.filename: packed.open(info).read(TEXTS).decode() for info in packed.infolist()}
-    mode = {"tar": "r:", "tar.gz": "r:gz", "tar.xz": "r:xz"}[form]
-    found = {}
-    with tarfile.open(fileobj=io.BytesIO(content), mode=mode) as archive:  # type: ignore[call-overload]
+            infos = packed.infolist()
+            if len(infos) > MEMBERS or sum(info.file_size for info in infos) > LARGEST:
+                raise ValueError(f"more than {MEMBERS} members, or {LARGEST} bytes")
+            return {info.filename: packed.read(info).decode() for info in infos}
+    found: dict[str, str] = {}
+    with tarfile.open(fileobj=io.BytesIO(_decompressed(form, content)), mode="r:") as archive:
         for member in archive:
-            file = archive.extractfile(member) if member.isreg() else None
-            if file is None:
-                raise ValueError(f"{member.name} is no file")
-            found[member.name] = file.read(TEXTS).decode()
+            file = archive.extractfile(member) if member.isreg() and not member.issparse() else None
+            if file is None or len(found) == MEMBERS:
+                raise ValueError(f"{member.name} is no file, or one too many")
+            found[member.name] = file.read().decode()
+    return found
+
+
+def _decompressed(form: str, content: bytes) -> bytes:
+    """The tar archive within. Raises ValueError for more than LARGEST bytes."""
+    if form == "tar.gz":
+        with gzip.GzipFile(fileobj=io.BytesIO(content)) as packed:
+            found = packed.read(LARGEST + 1)
+    elif form == "tar.xz":
+        with lzma.LZMAFile(io.BytesIO(content)) as packed_better:
+            found = packed_better.read(LARGEST + 1)
+    else:
+        found = content
+    if len(found) > LARGEST:
+        raise ValueError(f"more than {LARGEST} bytes")
     return found
 
 

@@ -16,7 +16,8 @@ READ = 10 << 20
 
 class BoxLimits(Record):
     """What one box may use; bytes unless the name says otherwise. `output`: of one command, kept; `loopback`: whether
-    the box has a network of its own, which leads nowhere else, or none."""
+    the box has a network of its own, which leads nowhere else, or none; `hidden`: files, and folders (with
+    a / at the end), of the image that the box does not see."""
 
     memory: int = Field(default=512 << 20, gt=0)
     disk: int = Field(default=256 << 20, gt=0)
@@ -25,6 +26,7 @@ class BoxLimits(Record):
     cpus: float = Field(default=1.0, gt=0)
     output: int = Field(default=1 << 20, gt=0)
     loopback: bool = True
+    hidden: tuple[str, ...] = ()
 
 
 class Capabilities(Record):

@@ -158,6 +158,17 @@ async def test_a_reward_that_the_agent_wrote_counts_for_nothing(play, tmp_path, 
 
 
 @based
+async def test_a_shared_verifier_runs_in_a_shell_that_the_agent_did_not_prepare(play, tmp_path):
+    spoiled = "bash() { echo 1 > /logs/verifier/reward.txt; }; cd() { :; }; set -e; trap 'echo 1 > /logs/verifier/reward.txt' EXIT; export GREETING=spoiled"
+    path = folder(
+        tmp_path / "t",
+        'version = "1.0"\n[environment.env]\nGREETING = "hello"\n',
+        test=TEST + "\n[ $GREETING = hello ]",
+    )
+    assert (await play(path, spoiled)).result.value == 0
+
+
+@based
 async def test_a_verifier_that_writes_nothing_leaves_the_episode_unscored(play, tmp_path):
     episode = await play(folder(tmp_path / "t", test="true"), policy=Null())
     assert isinstance(episode.result, Unscored)

@@ -157,6 +157,33 @@ async def test_a_box_may_be_without_a_loopback(backend):
 
 
 @pytest.mark.parametrize("backend", ISOLATING, indirect=True)
+async def test_a_box_does_not_see_what_is_hidden(backend):
+    code = "import json, this; print(json.__file__, this.__file__)"
+    box = await backend.create(backend.image, SMALL)
+    shown = (await box.exec(python(code), 5)).output.decode().split()
+    folder, file = str(Path(shown[-2]).parent), shown[-1]
+    await box.destroy()
+    box = await backend.create(backend.image, SMALL.model_copy(update={"hidden": (f"{folder}/", file, "/nowhere/")}))
+    found = await box.exec(
+        f"ls {folder}; cat {file}; touch {folder}/x {file}; mv {folder} /tmp; rm -r {folder} {file}", 5
+    )
+    assert b"__init__" not in found.output
+    assert b"Zen" not in found.output
+    assert found.status
+    assert not {path for path, entry in (await box.diff()).items() if path.startswith("/usr")}
+    await box.destroy()
+
+
+@pytest.mark.skipif("native" not in ISOLATING, reason="no native backend")
+async def test_of_this_machines_python_a_box_has_the_standard_library(native):
+    box = await native.create(images.HOST, SMALL)
+    code = "import site, os\nprint([os.listdir(d) for d in site.getsitepackages() if os.path.isdir(d)])"
+    listed = (await box.exec(python(code), 5)).output.decode()
+    assert not listed.replace("[", "").replace("]", "").replace(",", "").strip(), listed
+    await box.destroy()
+
+
+@pytest.mark.parametrize("backend", ISOLATING, indirect=True)
 async def test_boxes_made_ahead_are_fresh_and_end_with_the_backend(backend):
     warm = Warm(backend, 2)
     first = await warm.create(backend.image, SMALL)

@@ -11,9 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palaestra.environments.sandbox.backends import lacks_native
+from palaestra.environments.sandbox import images
+from palaestra.environments.sandbox.backends import lacks_native, open_backend
+from palaestra.environments.sandbox.base import NAME
 from palaestra.environments.swe import build, packages, repository
-from palaestra.environments.swe.environment import Built, Swe
+from palaestra.environments.swe.copies import copies_in
+from palaestra.environments.swe.environment import LIMITS, Built, Swe
 from palaestra.environments.swe.issues import issue
 from palaestra.environments.swe.mutations import OPERATORS, Edit, applied, edits
 from palaestra.environments.swe.verify import repair, sentinels
@@ -188,6 +191,31 @@ def small(monkeypatch):
 
 @boxed
 @pytest.mark.slow
+@boxed
+async def test_what_a_task_breaks_lies_nowhere_else_in_the_box(tmp_path):
+    backend = open_backend("native")
+    box = await backend.create("host", LIMITS)
+    try:
+        module, package = (
+            repository.whole("jsonpointer").files["jsonpointer.py"],
+            repository.whole("toolz").files["toolz/functoolz.py"],
+        )
+        await box.write("/opt/jsonpointer.py", module[500:])
+        await box.write("/opt/deep/toolz/functoolz.py", package)
+        await box.write("/opt/other/h11/_connection.py", "nothing like it\n")
+        assert sorted(await copies_in(box, ["jsonpointer", "toolz", "h11"])) == [
+            "/opt/__pycache__/", "/opt/deep/toolz/", "/opt/jsonpointer.py",
+        ]  # fmt: skip
+    finally:
+        await box.destroy()
+        await backend.close()
+    opened = await Swe.open(Swe.Config())
+    box = await opened.create("host", LIMITS)
+    assert await copies_in(box, [package.name for package in packages.PACKAGES]) == []
+    await opened.close()
+
+
+@boxed
 async def test_a_build_admits_only_real_bugs_and_goes_on_where_it_stopped(backend, small, tmp_path):
     told = []
     content = await build.build(backend, PACKAGE, 4, tmp_path, 0, lambda *said: told.append(said))
@@ -292,3 +320,22 @@ async def test_the_tools_view_and_edit(backend, small, tmp_path):
         assert (await environment.bash("git log --oneline | wc -l; ls")).split() == ["1", "small"]
     finally:
         await environment.close()
+
+
+@boxed
+@pytest.mark.slow
+@pytest.mark.parametrize("image", ["host", NAME])
+async def test_a_task_of_each_package_is_repaired_by_its_gold_in_every_image(image):
+    if image != "host" and image not in images.names():
+        pytest.skip("no base image is stored")
+    config = Swe.Config(image=image)
+    backend = await Swe.open(config)
+    chosen = {task.data["package"]: task for task in Swe.task_set(config)}
+    assert len(chosen) == len(packages.PACKAGES)
+    try:
+        for task in chosen.values():
+            gold = Replay(gold_of(Swe(config, backend), task))
+            episode = await run_episode(Swe(config, backend), Loop(), {"main": gold}, task, Sampling(), task.key)
+            assert episode.result.value == 1, task.key
+    finally:
+        await Swe.shut(backend)

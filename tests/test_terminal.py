@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import random
 import shlex
+import sqlite3
+import tarfile
+import time
+import zipfile
 
 import pytest
 from boxes import ISOLATING
 
 from palaestra.environments.sandbox.backends import lacks_native
 from palaestra.environments.terminal import Terminal
-from palaestra.environments.terminal_state import applied, members, tables
+from palaestra.environments.terminal_state import applied, differences, members, tables
 from palaestra.gym.agent import Loop
 from palaestra.gym.episode import run_episode
 from palaestra.gym.outcome import Cause
@@ -19,7 +24,7 @@ from palaestra.gym.policy import Replay
 from palaestra.gym.sandbox import Entry
 from palaestra.gym.types import Message, Sampling
 from palaestra.tasks.terminal import FAMILIES, PROGRAMS, drawn, shell_tasks
-from palaestra.tasks.terminal.puzzle import with_folders
+from palaestra.tasks.terminal.puzzle import Node, with_folders
 
 pytestmark = pytest.mark.skipif(bool(lacks_native()), reason="no native sandbox on this machine")
 TEMPLATES = [(family, template) for family, templates in FAMILIES.items() for template in templates]
@@ -144,6 +149,58 @@ def test_what_is_no_database_is_said_to_be_none(content):
 def test_what_is_no_archive_is_said_to_be_none(form):
     with pytest.raises(Exception):  # noqa: B017, PT011
         members(form, b"no archive at all")
+
+
+ENDLESS = "CREATE VIEW v AS WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c)"
+
+
+def _database(script):
+    with sqlite3.connect(":memory:") as db:
+        db.executescript(script)
+        return db.serialize()
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        f"{ENDLESS} SELECT count(*) FROM c",
+        f"{ENDLESS} SELECT x FROM c",
+        "CREATE VIEW v AS SELECT zeroblob(1000000000)",
+        f"{ENDLESS} SELECT zeroblob(1000000) FROM c",
+        "CREATE TABLE t (a); INSERT INTO t VALUES (NULL), (1), ('x'), (x'00'), (2.5), (NULL)",
+        "CREATE VIEW v AS SELECT * FROM nowhere",
+        "CREATE VIEW v AS SELECT CAST(x'ff' AS TEXT)",
+    ],
+)
+def test_a_database_that_means_harm_is_wrong_and_costs_little(script):
+    wanted = {"db": Node(kind="sqlite", parts={"t": {"columns": [["a", ""]], "rows": [[1]]}})}
+    began = time.process_time()
+    assert differences(wanted, {"/work/db": Entry("file", 0o644, _database(script))})
+    assert time.process_time() - began < 10
+
+
+def _bomb(form):
+    """A hundred mebibytes of nothing in one member; in an uncompressed archive, three thousand members."""
+    out, size = io.BytesIO(), 100 << 20
+    if form == "zip":
+        with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as packed:
+            packed.writestr("x", bytes(size))
+        return out.getvalue()
+    with tarfile.open(fileobj=out, mode={"tar": "w", "tar.gz": "w:gz", "tar.xz": "w:xz"}[form]) as archive:
+        for number in range(3000 if form == "tar" else 1):
+            member = tarfile.TarInfo(str(number))
+            member.size = 0 if form == "tar" else size
+            archive.addfile(member, io.BytesIO(bytes(member.size)))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("form", ["zip", "tar", "tar.gz", "tar.xz"])
+def test_an_archive_that_is_far_too_large_is_wrong_and_costs_little(form):
+    wanted = {"a": Node(kind="archive", parts={"format": form, "members": {"x": "y"}})}
+    content = _bomb(form)
+    began = time.process_time()
+    assert differences(wanted, {"/work/a": Entry("file", 0o644, content)})
+    assert time.process_time() - began < 1
 
 
 def test_folders_stand_before_what_they_hold():

@@ -370,6 +370,8 @@ class Docker:
                 docker.types.Ulimit(name="core", soft=0, hard=0),
                 docker.types.Ulimit(name="nofile", soft=FILES, hard=FILES),
             ],
+            tmpfs={path: "ro,size=4k" for path in limits.hidden if path.endswith("/")},
+            binds=[f"/dev/null:{path}:ro" for path in limits.hidden if not path.endswith("/")],
             storage_opt={"size": str(limits.disk)} if self._quota else None,
         )
 

@@ -23,7 +23,8 @@ from palaestra.gym.registry import UsageError
 from palaestra.gym.types import Record
 
 HOST = "host"
-"""The image that is made of this machine's own programs: /usr and a few files of /etc, read-only. Needs no store."""
+"""The image that is made of this machine's own programs: /usr and a few files of /etc, read-only, Python's standard
+library alone. Needs no store."""
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 WHITEOUT, OPAQUE = ".wh.", ".wh..wh..opq"
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(/[a-z0-9._-]+)*(:[\w.-]+)?")

@@ -39,6 +39,15 @@ NUMBERS = itertools.count(secrets.randbelow(SLOTS))
 NAMESPACES = ("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try")
 HOST_LINKS = ("bin", "sbin", "lib", "lib64", "lib32")
 HOST_ETC = ("alternatives", "ld.so.cache", "passwd", "group", "nsswitch.conf", "mime.types")
+HOST_HIDDEN = [
+    f"{folder}/"
+    for library in ("usr/lib", "usr/lib64", "usr/local/lib", "usr/local/lib64")
+    for kind in ("dist-packages", "site-packages")
+    for folder in Path("/", library).glob(f"python3*/{kind}")
+    if not Path("/", library).is_symlink() and folder.is_dir()
+]
+"""Of Python a box has the standard library: what else is installed differs from machine to machine, and may be what a
+task asks to write."""
 STARVED_SECONDS = 10.0
 """For how long the end of a box is put down to its want of memory."""
 KILLED = (128 + signal.SIGKILL, -signal.SIGKILL)
@@ -241,12 +250,12 @@ class Native:
             "groups": [str(folder / "cgroup.procs") for folder in group.folders],
             "rlimits": RLIMITS,
             "namespaces": NAMESPACES,
-            "arguments": self._arguments(image),
+            "arguments": self._arguments(image, limits.hidden),
             "command": list(command),
             "environment": {**ENVIRONMENT, **image.config.environment},
         }
 
-    def _arguments(self, image: Image) -> list[str]:
+    def _arguments(self, image: Image, hidden: Sequence[str]) -> list[str]:
         arguments = ["--proc", "/proc", "--dev", "/dev", "--size", str(SHM), "--perms", "1777", "--tmpfs", "/dev/shm",
                      "--remount-ro", "/dev", *MASKED]  # fmt: skip
         if image is HOST_IMAGE:
@@ -257,6 +266,8 @@ class Native:
                     arguments += ["--symlink", f"usr/{name}", f"/{name}"]
             for name in HOST_ETC:
                 arguments += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
+        for path in (*(HOST_HIDDEN if image is HOST_IMAGE else ()), *hidden):
+            arguments += _covered(path, image)
         arguments += ["--chdir", image.config.workdir, "--cap-drop", "ALL"]
         return arguments + [part for name in KEPT_CAPABILITIES for part in ("--cap-add", f"CAP_{name}")]
 
@@ -264,3 +275,10 @@ class Native:
         """End everything."""
         self._launching.close()
         disown(self._name)
+
+
+def _covered(path: str, image: Image) -> list[str]:
+    """Arguments that hide a path: a folder under an empty one, a file under nothing to read."""
+    if not (image.root / path.lstrip("/")).exists():
+        return []
+    return ["--tmpfs", path, "--remount-ro", path] if path.endswith("/") else ["--ro-bind", "/dev/null", path]

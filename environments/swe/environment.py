@@ -16,8 +16,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from palaestra.environments.boxed import NEEDS, Boxed, shown
-from palaestra.environments.sandbox.backends import open_backend
+from palaestra.environments.sandbox.backends import Backend, open_backend
 from palaestra.environments.swe.build import build_all
+from palaestra.environments.swe.copies import Hiding, copies_in
 from palaestra.environments.swe.repository import repository, whole
 from palaestra.environments.swe.tests_run import REPO, placed
 from palaestra.environments.swe.verify import repair, repaired
@@ -51,7 +52,7 @@ class Swe(Boxed):
         levels: tuple[int, ...] = (1, 2, 3)
         packages: tuple[str, ...] = ()
         seconds: float = Field(default=60.0, gt=0)
-        judging: float = Field(default=90.0, gt=0)
+        judging: float = Field(default=600.0, gt=0)
         limits: BoxLimits = LIMITS
 
     _changed = 0
@@ -78,6 +79,21 @@ class Swe(Boxed):
     def programs(cls, config: Any) -> Iterable[str]:
         """What tasks use."""
         return ("git", "python3")
+
+    @classmethod
+    async def open(cls, config: Any) -> Backend:
+        """The sandbox, in which no package lies that tasks break. Raises UsageError as Boxed.open does."""
+        backend = await super().open(config)
+        if config.source != "packages":
+            return backend
+        try:
+            box = await backend.create(config.image, config.limits)
+            copies = await copies_in(box, {task.data["package"] for task in cls.task_set(config)})
+            await box.destroy()
+        except BaseException:
+            await backend.close()
+            raise
+        return Hiding(backend, copies) if copies else backend
 
     async def setup(self, task: Task) -> list[Message]:
         """A fresh box with the repository in one commit, the tests left out."""
@@ -158,7 +174,7 @@ class Swe(Boxed):
                 made,
                 task.data.get("fail_to_pass", ()),
                 task.data.get("stable", ()),
-                10 * self.config.seconds,
+                self.config.judging,
             )
         finally:
             await box.destroy()

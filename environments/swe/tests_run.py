@@ -8,7 +8,7 @@ import secrets
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from palaestra.environments.swe.repository import Repository
@@ -17,8 +17,14 @@ from palaestra.gym.sandbox import Box, Entry
 from palaestra.gym.types import Record
 
 REPO, SITE = "/work/repo", "/opt/site"
-RUNNER = ("pytest", "pluggy", "iniconfig", "packaging")
+RUNNER = ("pytest", "pluggy", "iniconfig", "packaging", "pygments")
 """What runs the tests: pure Python, put into each box."""
+OF_PYGMENTS = {
+    f"pygments/{part}.py"
+    for part in ("lexers/__init__", "lexers/_mapping", "lexers/diff", "lexers/python", "formatters/__init__",
+                 "formatters/_mapping", "formatters/terminal", "styles/__init__", "styles/_mapping", "filters/__init__")
+}  # fmt: skip
+"""What pytest imports of its folders; the rest is nine tenths of it."""
 ENVIRONMENT = "PYTHONDONTWRITEBYTECODE=1 PYTHONHASHSEED=0 PYTHONNOUSERSITE=1"
 PYTEST = "-c /dev/null --rootdir=. -o addopts= -p no:cacheprovider -p palaestra_plugin -q --tb=short --disable-warnings"
 METADATA = b"Metadata-Version: 2.1\nName: pytest\nVersion: 0\n"
@@ -53,11 +59,15 @@ def site() -> dict[str, Entry]:
         except importlib.metadata.PackageNotFoundError:
             raise UsageError(f"SWE tasks need {name}: pip install 'palaestra[swe]'") from None
         for path in listed:
-            if path.suffix == ".py" and ".." not in path.parts:
+            if path.suffix == ".py" and ".." not in path.parts and _needed(path):
                 found[f"{SITE}/{path}"] = Entry("file", 0o644, Path(str(path.locate())).read_bytes())
     found[f"{SITE}/pytest-0.dist-info/METADATA"] = Entry("file", 0o644, METADATA)
     found[f"{SITE}/palaestra_plugin.py"] = Entry("file", 0o644, Path(__file__).with_name("plugin.py").read_bytes())
     return found
+
+
+def _needed(path: PurePath) -> bool:
+    return path.parts[0] != "pygments" or len(path.parts) == 2 or path.as_posix() in OF_PYGMENTS
 
 
 def placed(files: Mapping[str, bytes]) -> dict[str, Entry]:
