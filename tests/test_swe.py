@@ -174,7 +174,7 @@ def test_a_package_that_is_not_what_was_pinned_is_not_used(tmp_path, monkeypatch
 
 @pytest.fixture
 async def backend():
-    opened = await Swe.open(Swe.Config())
+    opened = await Swe.open(Swe.Config(source="small"))
     yield opened
     await Swe.shut(opened)
 
