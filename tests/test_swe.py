@@ -259,7 +259,7 @@ def shelf(tmp_path_factory):
     folder = tmp_path_factory.mktemp("swe")
 
     async def build_them():
-        backend = await Swe.open(Swe.Config())
+        backend = await Swe.open(Swe.Config(source="small"))
         try:
             await build.build(backend, PACKAGE, 2, folder, 0, lambda *said: None)
         finally:
