@@ -36,7 +36,8 @@ def run(
     backend: Annotated[str, typer.Option(help="auto, native, docker or process")] = "auto",
     image: Annotated[str, typer.Option(help="host, or the name of a stored image")] = "host",
     limit: Annotated[
-        list[str] | None, typer.Option(help="KEY=VALUE, such as memory=1G, processes=64, cpus=0.5")
+        list[str] | None,
+        typer.Option(help="KEY=VALUE, such as memory=1G, processes=64, loopback=no, hidden=/usr/games/"),
     ] = None,
 ) -> None:
     """Run one command in a fresh box, with our standard input and output; its exit status is ours."""
@@ -61,7 +62,7 @@ def limits_of(texts: list[str]) -> BoxLimits:
         key, _, value = text.partition("=")
         if key not in BoxLimits.model_fields:
             raise UsageError(f"--limit {text!r}: no limit {key!r}: {suggest(key, BoxLimits.model_fields)}")
-        values[key] = _bytes(value)
+        values[key] = (*values.get(key, ()), value) if key == "hidden" else _bytes(value)
     try:
         return BoxLimits.model_validate(values)
     except ValidationError as error:

@@ -234,7 +234,9 @@ class Native:
             if group is not None:
                 group.remove()
             if isinstance(error, Failure | OSError):
-                raise Failure(Cause.SANDBOX, f"{error}{said}" if said not in str(error) else str(error)) from error
+                text = error.detail if isinstance(error, Failure) else f"native: {error}"
+                limits_told = f" (its limits: {limits.memory} bytes of memory, {limits.processes} processes)"
+                raise Failure(Cause.SANDBOX, text + (said if said not in text else "") + limits_told) from error
             raise
         finally:
             pipes.close_theirs()

@@ -24,6 +24,7 @@ from palaestra.environments.swe.tests_run import REPO, placed
 from palaestra.environments.swe.verify import repair, repaired
 from palaestra.gym.environment import Progress, ToolError, metric, reward, tool
 from palaestra.gym.outcome import Cause, Failure
+from palaestra.gym.registry import UsageError, suggest
 from palaestra.gym.sandbox import BoxLimits
 from palaestra.gym.tasksets import split_of
 from palaestra.gym.types import Message, Source, Task
@@ -221,6 +222,10 @@ class Built:
 
     def __init__(self, folder: Path, packages: Sequence[str] = (), levels: Sequence[int] = ()) -> None:
         self._tasks = {task.key: task for path in sorted(folder.glob("*.json.gz")) for task in _tasks(path)}
+        known = {task.data["package"] for task in self._tasks.values()}
+        for name in packages:
+            if name not in known:
+                raise UsageError(f"no tasks of package {name!r} in {folder}: {suggest(name, known)}")
         self._chosen = [
             task
             for task in self._tasks.values()
