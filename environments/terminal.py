@@ -21,7 +21,7 @@ from palaestra.tasks.terminal.puzzle import Node, Tree
 TOLERATED = ("/tmp/", "/var/", "/dev/", "/run/", "/root/.")
 """Where anything may change."""
 SETUP_SECONDS = 30.0
-ASK_SECONDS, SETTLE_SECONDS = 5.0, 2.0
+ASK_SECONDS, SETTLE_SECONDS = 5.0, 1.0
 
 
 class Terminal(Boxed):

@@ -30,7 +30,7 @@ if __name__ == "__main__":
 WORK = Path("/work")
 MANIFEST = Path("/usr/share/task-manifest.json")
 WATCHED = ("/etc", "/home", "/root", "/srv", "/usr/local", "/opt")
-SETTLE, SECONDS = 2.0, 30
+SETTLE, SECONDS = 1.0, 30
 LINES = {"kind": "file", "mode": 0o644, "text": "", "parts": {}}
 
 

@@ -583,12 +583,30 @@ async def test_destroying_a_box_ends_its_command_and_disturbs_no_other(native):
 async def test_a_creation_that_is_cancelled_leaves_nothing(native):
     await (await native.create(images.HOST, SMALL)).destroy()
     before = len(os.listdir("/proc/self/fd"))
+    groups = sorted(Path("/sys/fs/cgroup").glob(f"*/{cgroups.owner_name()}/*/"))
     for seconds in (0.001, 0.003, 0.006, 0.01, 0.015, 0.02):
         with suppress(TimeoutError):
             await (await asyncio.wait_for(native.create(images.HOST, SMALL), seconds)).destroy()
     await asyncio.sleep(0.3)
     assert len(os.listdir("/proc/self/fd")) == before
-    assert not list(Path("/sys/fs/cgroup").glob(f"*/{cgroups.owner_name()}/*/"))
+    left = sorted(Path("/sys/fs/cgroup").glob(f"*/{cgroups.owner_name()}/*/"))
+    assert len(left) == len(groups)  # the spare ones
+    assert not any((group / "cgroup.procs").read_text() for group in left)
+
+
+async def test_a_group_that_is_used_again_excuses_nobody_and_harbours_nobody(native):
+    box = await native.create(images.HOST, SMALL)
+    first = box._group
+    await box.exec("head -c 300M /dev/zero | tail -c 200M > /dev/null; setsid sleep 99 &", 10)
+    assert first.kills()
+    await box.destroy()
+    box = await native.create(images.HOST, SMALL)
+    assert box._group is first
+    assert len(await box.processes()) <= 3
+    os.kill(box.init, 9)
+    with pytest.raises(Failure, match="killed from outside"):
+        await box.exec("true", 5)
+    await box.destroy()
 
 
 async def test_a_cancelled_command_is_stopped_and_the_next_one_is_not_mixed_with_it(native):

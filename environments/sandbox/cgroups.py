@@ -6,9 +6,11 @@ left behind is found by that name and removed.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
+from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +26,8 @@ PREFIX = "palaestra-"
 PERIOD = 100_000
 """Microseconds over which the cpu share is enforced."""
 REMOVAL_SECONDS = 5.0
+SPARE = 16
+"""Groups kept for boxes of the same limits."""
 
 
 def parents() -> dict[str, Path]:
@@ -80,6 +84,12 @@ class Group:
         folder.mkdir()
         self.folders.append(folder)
 
+    @property
+    def doors(self) -> list[Path]:
+        """The files to which a process of one thread writes 0 to enter. Version 1's `tasks` needs none of the locks,
+        milliseconds of waiting, that `cgroup.procs` takes to keep a process's threads together."""
+        return [folder / ("tasks" if (folder / "tasks").exists() else "cgroup.procs") for folder in self.folders]
+
     def kills(self) -> int:
         """How many processes of the box the kernel has killed for want of memory."""
         if self._events is None:
@@ -90,6 +100,13 @@ class Group:
             return 0
         return int(counts.get("oom_kill", 0))
 
+    def empty(self) -> bool:
+        """Whether it is there, and nobody is in it."""
+        try:
+            return not any((folder / "cgroup.procs").read_text() for folder in self.folders)
+        except OSError:  # it went with its backend
+            return False
+
     def remove(self) -> None:
         """Kill what is left and remove the folders. Raises OSError where something survives REMOVAL_SECONDS."""
         if self._events is not None:
@@ -98,6 +115,35 @@ class Group:
         for folder in self.folders:
             _remove(folder)
         self.folders = []
+
+
+class Groups:
+    """The groups of one backend's boxes. One that a box has left serves another of the same limits: making and removing
+    groups takes a tenth of a box's time."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._numbers = itertools.count()
+        self._spare: dict[BoxLimits, list[Group]] = defaultdict(list)
+
+    def take(self, limits: BoxLimits) -> Group:
+        """A group in which nobody is. Raises OSError."""
+        spare = self._spare[limits]
+        return spare.pop() if spare else Group(f"{self._prefix}{next(self._numbers)}", limits)
+
+    def give(self, group: Group, limits: BoxLimits) -> None:
+        """Take a group back; whoever is still in it is killed. Raises OSError as Group.remove."""
+        if len(self._spare[limits]) < SPARE and group.empty():
+            self._spare[limits].append(group)
+        else:
+            group.remove()
+
+    def close(self) -> None:
+        """Remove them all, whoever is in them."""
+        for group in (group for groups in self._spare.values() for group in groups):
+            group.remove()
+        self._spare.clear()
+        disown(self._prefix)
 
 
 def _limit(folder: Path, controller: str, limits: BoxLimits) -> None:

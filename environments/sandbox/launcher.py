@@ -236,7 +236,7 @@ class Launcher:
         mount("none", "/", "none", MS_REC | MS_PRIVATE, "")
         options = f"size={request['disk']},nr_inodes={request['inodes']},mode=755"
         mount("none", stage, "tmpfs", MS_NOSUID | MS_NODEV, options)
-        for name in ("upper", "work", "image", "root"):
+        for name in ("upper", "work", "image", "root", "empty"):
             os.mkdir(f"{stage}/{name}", 0o755)
         if not request["image"]:
             return

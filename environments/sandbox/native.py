@@ -9,13 +9,14 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from palaestra.environments.sandbox import archives, images, launching
-from palaestra.environments.sandbox.cgroups import Group, disown, parents, sweep
+from palaestra.environments.sandbox.cgroups import Group, Groups, parents, sweep
 from palaestra.environments.sandbox.images import HOST, Config, Image
 from palaestra.environments.sandbox.launching import Launching
 from palaestra.environments.sandbox.shell import SUPERVISOR, Pipes, Streams
@@ -38,7 +39,7 @@ NUMBERS = itertools.count(secrets.randbelow(SLOTS))
 """Of this process's boxes, whatever their backend; begun anywhere, so that other processes seldom use the same ids."""
 NAMESPACES = ("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try")
 HOST_LINKS = ("bin", "sbin", "lib", "lib64", "lib32")
-HOST_ETC = ("alternatives", "ld.so.cache", "passwd", "group", "nsswitch.conf", "mime.types")
+HOST_ETC = ("alternatives", "ld.so.cache", "passwd", "group")
 HOST_HIDDEN = [
     f"{folder}/"
     for library in ("usr/lib", "usr/lib64", "usr/local/lib", "usr/local/lib64")
@@ -53,9 +54,7 @@ STARVED_SECONDS = 10.0
 KILLED = (128 + signal.SIGKILL, -signal.SIGKILL)
 """Statuses of an init, or of bubblewrap above it, that SIGKILL ended: only this machine can send them that."""
 MASKED = [
-    part
-    for name in ("cmdline", "keys", "1/mem", "1/task/1/mem")
-    for part in ("--ro-bind-try", "/dev/null", f"/proc/{name}")
+    part for name in ("cmdline", "1/mem", "1/task/1/mem") for part in ("--ro-bind-try", "/dev/null", f"/proc/{name}")
 ]
 """Files of /proc that tell of the machine, or by which a box could write its own init."""
 HOST_IMAGE = Image(Path("/"), Config(workdir="/work"))
@@ -73,6 +72,7 @@ class NativeBox(VisitedBox):
         image: Image,
         answer: Mapping[str, Any],
         group: Group,
+        give: Callable[[], None],
         streams: Streams,
         limits: BoxLimits,
         token: str,
@@ -85,8 +85,8 @@ class NativeBox(VisitedBox):
             os.close(self._monitor)
             raise
         self._image = image
-        self._group = group
-        self._kills, self._starved = 0, -math.inf
+        self._group, self._give = group, give
+        self._kills, self._starved = group.kills(), -math.inf
         """How many processes the kernel has killed for want of memory, and when that was last seen to rise."""
         self.baseline: Mapping[str, Entry | None] = {}
 
@@ -145,7 +145,7 @@ class NativeBox(VisitedBox):
             await _gone(self._handle)
             await _gone(self._monitor)  # it, too, is in the control groups
         finally:
-            self._group.remove()
+            self._give()
             self._launching.forget(self._number)
             os.close(self._handle)
             os.close(self._monitor)
@@ -172,7 +172,7 @@ class Native:
             isolation=True, memory="memory" in groups, disk_quota=True, processes="pids" in groups, no_network=True
         )
         self._launching = Launching("native")
-        self._name = f"boxes-{id(self):x}-"
+        self._groups = Groups(f"boxes-{id(self):x}-")
         self._skeleton: Mapping[str, Entry | None] = {}
         sweep()
         launching.sweep()
@@ -225,9 +225,12 @@ class Native:
     ) -> NativeBox:
         slot, group = next(NUMBERS), None
         try:
-            group = Group(f"{self._name}{slot}", limits)
+            group = self._groups.take(limits)
             answer = await self._launching.launch(self._request(image, limits, group, slot, command), descriptors)
-            return NativeBox(self._launching, image, answer, group, pipes.streams, limits, token)
+            return NativeBox(
+                self._launching, image, answer, group, partial(self._groups.give, group, limits), pipes.streams, limits,
+                token,
+            )  # fmt: skip
         except BaseException as error:
             said = pipes.said()
             pipes.streams.close()
@@ -249,7 +252,7 @@ class Native:
             "base": FIRST + RANGE * (slot % SLOTS) if os.geteuid() == 0 else None,
             "disk": limits.disk,
             "inodes": limits.inodes,
-            "groups": [str(folder / "cgroup.procs") for folder in group.folders],
+            "groups": [str(path) for path in group.doors],
             "rlimits": RLIMITS,
             "namespaces": NAMESPACES,
             "arguments": self._arguments(image, limits.hidden),
@@ -269,18 +272,13 @@ class Native:
             for name in HOST_ETC:
                 arguments += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
         for path in (*(HOST_HIDDEN if image is HOST_IMAGE else ()), *hidden):
-            arguments += _covered(path, image)
+            if (image.root / path.lstrip("/")).exists():
+                nothing = f"{self._launching.stage}/empty" if path.endswith("/") else "/dev/null"
+                arguments += ["--ro-bind", nothing, path]
         arguments += ["--chdir", image.config.workdir, "--cap-drop", "ALL"]
         return arguments + [part for name in KEPT_CAPABILITIES for part in ("--cap-add", f"CAP_{name}")]
 
     async def close(self) -> None:
         """End everything."""
         self._launching.close()
-        disown(self._name)
-
-
-def _covered(path: str, image: Image) -> list[str]:
-    """Arguments that hide a path: a folder under an empty one, a file under nothing to read."""
-    if not (image.root / path.lstrip("/")).exists():
-        return []
-    return ["--tmpfs", path, "--remount-ro", path] if path.endswith("/") else ["--ro-bind", "/dev/null", path]
+        self._groups.close()
