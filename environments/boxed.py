@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import Field
@@ -12,6 +12,8 @@ from palaestra.gym.environment import Environment, tool
 from palaestra.gym.sandbox import Box, Capabilities
 from palaestra.gym.types import Task
 
+GRACE = 15.0
+"""Seconds beyond a command's own: for the shell to be stopped, and another to begin."""
 NEEDS = Capabilities(isolation=True, no_network=True)
 
 
@@ -41,6 +43,10 @@ class Boxed(Environment):
     async def shut(cls, resources: Any) -> None:
         """End it, and every box with it."""
         await resources.close()
+
+    def deadlines(self, task: Task) -> Mapping[str, float]:
+        """A tool may take as long as a command, and a judge too."""
+        return {"tool": self.config.seconds + GRACE, "judge": self.config.seconds + GRACE}
 
     @property
     def box(self) -> Box:

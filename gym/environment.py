@@ -129,6 +129,11 @@ class Environment:
         """The tools on offer in this episode."""
         return tuple(specs(type(self)))
 
+    def deadlines(self, task: Task) -> Mapping[str, float]:
+        """Seconds that phases of an episode of `task` need at the least, by name: setup, tool (each call), respond,
+        judge (each reward), close. An episode's Bounds give no less."""
+        return {}
+
     def setup(self, task: Task) -> Any:
         """Prepare for `task`. Messages that it returns follow the task's prompt."""
 

@@ -20,14 +20,17 @@ from palaestra.gym.sandbox import Destroyed
 from palaestra.gym.tools import Tools, as_messages, guarded
 from palaestra.gym.types import Episode, Limits, Outcome, Record, Reward, Sampling, Scored, Task, Unscored
 
+PHASES = ("setup", "tool", "respond", "judge", "close")
+
 Rewards = dict[str, Reward | tuple[Scored, ...]]
 
 
 class Bounds(Record):
     """What an episode may use, and how long each of its phases may take (seconds).
 
-    A task's own limits go before `limits`. `strict`: a missed deadline aborts the run instead of ending the episode
-    (deterministic runs).
+    A task's own limits go before `limits`, and what the environment says that its phases need (`Environment.deadlines`)
+    before shorter ones here. `strict`: a missed deadline aborts the run instead of ending the episode (deterministic
+    runs).
     """
 
     limits: Limits = Limits(turns=32, seconds=900)
@@ -42,6 +45,13 @@ class Bounds(Record):
         """The limits of one task."""
         own = {name: value for name, value in task.limits.model_dump().items() if value is not None}
         return self.limits.model_copy(update=own)
+
+    def at_least(self, seconds: Mapping[str, float]) -> Bounds:
+        """The same, where a phase of the table may not be cut shorter. Raises ValueError for what is no phase."""
+        strange = sorted(seconds.keys() - set(PHASES))
+        if strange:
+            raise ValueError(f"there is no phase {strange[0]!r}; the phases are: {', '.join(PHASES)}")
+        return self.model_copy(update={name: max(getattr(self, name), given) for name, given in seconds.items()})
 
 
 class MissedDeadline(Exception):
@@ -109,6 +119,7 @@ class _Run:
         """Set up and let the agent run."""
         try:
             async with self._phase("setup"):
+                self._allow(self._environment.deadlines(self._task))
                 task = await self._set_up()
             async with self._phase("play"), asyncio.timeout(self._limits.seconds) as clock:
                 await agent.run(task, self._tools, self._recorder)
@@ -168,6 +179,10 @@ class _Run:
             timings={**timings, "total": time.monotonic() - self._start},
             provenance={**provenance, **problems},
         )
+
+    def _allow(self, seconds: Mapping[str, float]) -> None:
+        self._bounds = self._bounds.at_least(seconds)
+        self._tools.tool_seconds, self._tools.respond_seconds = self._bounds.tool, self._bounds.respond
 
     async def _set_up(self) -> Task:
         what = f"{self._name}.setup"

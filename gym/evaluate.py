@@ -28,6 +28,7 @@ from palaestra.gym.files import cannot_write
 from palaestra.gym.outcome import RULES
 from palaestra.gym.policies import bound
 from palaestra.gym.policy import Policy
+from palaestra.gym.prototypes import Prototypes
 from palaestra.gym.registry import EnvironmentSpec, UsageError
 from palaestra.gym.types import SCHEMA_VERSION, Episode, Record, Sampling, Task
 from palaestra.gym.wire import flat, task_sha256
@@ -122,13 +123,16 @@ async def _play_all(
     contest: Contest, todo: Sequence[_Job], path: Path, kept: dict[Key, Row], on_row: Callable[[Row], None]
 ) -> None:
     slots = asyncio.Semaphore(contest.plan.concurrency)
-    opened = await _open({job.spec.alias: job.spec for job in todo})
+    specs = {job.spec.alias: job.spec for job in todo}
+    prototypes = Prototypes(specs)
     try:
+        for alias in specs:
+            await prototypes.of(alias)  # what cannot be opened is said before anything is played
         with _appending(path) as lines:
 
             async def play(job: _Job) -> None:
                 async with slots:
-                    row = await _attempt(contest, job, opened[job.spec.alias])
+                    row = await _attempt(contest, job, await prototypes.of(job.spec.alias))
                 try:
                     lines.write(row.model_dump_json() + "\n")
                     lines.flush()
@@ -143,7 +147,7 @@ async def _play_all(
     except ExceptionGroup as group_error:
         raise group_error.exceptions[0] from group_error
     finally:
-        await _shut(opened)
+        await prototypes.close()
 
 
 @contextmanager
@@ -158,24 +162,6 @@ def _appending(path: Path) -> Iterator[TextIO]:
     finally:
         with suppress(OSError):
             lines.close()
-
-
-async def _open(specs: Mapping[str, EnvironmentSpec]) -> dict[str, Environment]:
-    """For each environment a prototype that holds its open resources."""
-    opened: dict[str, Environment] = {}
-    for alias, spec in specs.items():
-        environment, settings = spec.environment(), spec.settings()
-        try:
-            opened[alias] = environment(settings, await environment.open(settings))
-        except BaseException:
-            await _shut(opened)
-            raise
-    return opened
-
-
-async def _shut(opened: Mapping[str, Environment]) -> None:
-    for prototype in opened.values():
-        await type(prototype).shut(prototype.resources)
 
 
 async def _attempt(contest: Contest, job: _Job, prototype: Environment) -> Row:

@@ -132,8 +132,8 @@ class Tools:
     def __init__(self, environment: Environment, tool_seconds: float, respond_seconds: float) -> None:
         self._environment = environment
         self._specs = specs(type(environment))
-        self._tool_seconds = tool_seconds
-        self._respond_seconds = respond_seconds
+        self.tool_seconds = tool_seconds
+        self.respond_seconds = respond_seconds
         self.calls = 0
         self.errors = 0
         self.retries = 0
@@ -168,7 +168,7 @@ class Tools:
         started = asyncio.get_running_loop().time()
         what = f"{type(self._environment).__name__}.respond"
         try:
-            answer = await guarded(what, Cause.ENVIRONMENT, self._respond_seconds, self._environment.respond, message)
+            answer = await guarded(what, Cause.ENVIRONMENT, self.respond_seconds, self._environment.respond, message)
         finally:
             self.seconds += asyncio.get_running_loop().time() - started
         return None if answer is None else as_messages(answer)
@@ -179,7 +179,7 @@ class Tools:
         what = f"tool {type(self._environment).__name__}.{call.name}"
         for attempt in range(UNAVAILABLE_RETRIES + 1):
             try:
-                return await guarded(what, Cause.ENVIRONMENT, self._tool_seconds, method, **arguments)
+                return await guarded(what, Cause.ENVIRONMENT, self.tool_seconds, method, **arguments)
             except ToolUnavailable as error:
                 if attempt == UNAVAILABLE_RETRIES:
                     raise Failure(Cause.TOOLS, f"{what}: unavailable {attempt + 1} times; last: {error}") from error

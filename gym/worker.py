@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import importlib
 import importlib.util
+import math
 import os
 import pickle
 import queue
@@ -31,7 +32,8 @@ from palaestra.gym import threads
 from palaestra.gym.outcome import Cause, Failure
 
 START_SECONDS, FREE_SECONDS = 60.0, 600.0
-_FOREVER = 1e9
+_FOREVER = 1e6
+"""Seconds: more than 24 days are no timeout for poll(2)."""
 _HEADER = struct.Struct("<Q")
 
 Answers = Callable[[bytes], Awaitable[bytes]]
@@ -60,14 +62,20 @@ def _send(channel: socket.socket, value: object) -> None:
 def _read(channel: socket.socket, size: int, deadline: float) -> bytes:
     parts = bytearray()
     while len(parts) < size:
-        ready, _, _ = select.select([channel], [], [], max(0.0, deadline - time.monotonic()))
-        if not ready:
+        if not _readable(channel, deadline):
             raise TimeoutError
         part = channel.recv(min(size - len(parts), 1 << 20))
         if not part:
             raise WorkerDied
         parts += part
     return bytes(parts)
+
+
+def _readable(channel: socket.socket, deadline: float) -> bool:
+    waiting = select.poll()  # select(2) knows no descriptor above 1,023
+    waiting.register(channel, select.POLLIN)
+    seconds = max(0.0, deadline - time.monotonic())
+    return bool(waiting.poll(seconds * 1000 if seconds < _FOREVER else None))
 
 
 def _receive(channel: socket.socket, deadline: float) -> Any:
@@ -249,12 +257,12 @@ def serve(descriptor: int) -> None:
 
     def ask(payload: bytes) -> bytes:
         _send(channel, ("asks", payload))
-        answer: bytes = _receive(channel, time.monotonic() + _FOREVER)
+        answer: bytes = _receive(channel, math.inf)
         return answer
 
     while True:
         try:
-            module, name, file, args, asking = _receive(channel, time.monotonic() + _FOREVER)
+            module, name, file, args, asking = _receive(channel, math.inf)
         except (WorkerDied, ConnectionError):
             return
         try:

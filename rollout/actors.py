@@ -27,6 +27,8 @@ from palaestra.rollout.worker import Work, Worker
 
 RESTART_SECONDS = 120.0
 REQUEST_SECONDS = 600.0
+EPISODE_SECONDS = 6 * 3600.0
+"""Whatever an episode's own deadlines are: an actor that hangs is given up; one that died says so at once."""
 DELIVERIES = 3
 """How often weights are handed to a policy actor that dies while it takes them."""
 
@@ -142,7 +144,6 @@ class Cluster:
         kind = _remote(EnvironmentActor, cpus[1])
         self._renderer = ray.put(renderer)  # held here: an actor is started again with what its first start was given
         self.environments = [kind.remote(dict(specs), self.policy, self._renderer, bounds) for _ in range(actors)]
-        self._seconds = (bounds.limits.seconds or 0.0) + REQUEST_SECONDS
         self._turn = 0
         self._delivering = asyncio.Lock()
         self._latest: tuple[Any, int] | None = None
@@ -156,7 +157,7 @@ class Cluster:
         actor = self.environments[self._turn % len(self.environments)]
         what = f"the environment actor that played {work.task.environment}"
         try:
-            answer = await _answer(actor.play.remote(work), self._seconds, Cause.ENVIRONMENT, what)
+            answer = await _answer(actor.play.remote(work), EPISODE_SECONDS, Cause.ENVIRONMENT, what)
         except Failure as failure:
             if isinstance(failure.__cause__, RayActorError):
                 await _until_ready(actor, what)

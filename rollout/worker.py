@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from palaestra.gym.agent import MAIN, Loop
-from palaestra.gym.environment import Environment
 from palaestra.gym.episode import Bounds, run_episode
 from palaestra.gym.policies import bound
 from palaestra.gym.policy import Policy
+from palaestra.gym.prototypes import Prototypes
 from palaestra.gym.registry import EnvironmentSpec
 from palaestra.gym.types import Episode, Sampling, Task
 
@@ -37,14 +37,13 @@ class Worker:
     def __init__(
         self, specs: Mapping[str, EnvironmentSpec], policies: Mapping[str, Policy], bounds: Bounds | None = None
     ) -> None:
-        self._specs = specs
+        self._prototypes = Prototypes(specs)
         self._policies = policies
         self._bounds = bounds or Bounds()
-        self._opened: dict[str, Environment] = {}
 
     async def play(self, work: Work) -> Episode:
         """Play one episode of `work.task.environment`."""
-        environment = (await self._open(work.task.environment)).fresh()
+        environment = (await self._prototypes.of(work.task.environment)).fresh()
         policies = {**self._policies, MAIN: bound(self._policies[MAIN], environment, work.task)}
         return await run_episode(
             environment, Loop(), policies, work.task, work.sampling, work.id, self._bounds, work.provenance
@@ -52,17 +51,4 @@ class Worker:
 
     async def close(self) -> None:
         """Shut what the environments opened. Idempotent."""
-        while self._opened:
-            _, prototype = self._opened.popitem()
-            await type(prototype).shut(prototype.resources)
-
-    async def _open(self, alias: str) -> Environment:
-        if alias not in self._opened:
-            spec = self._specs[alias]
-            kind, config = spec.environment(), spec.settings()
-            prototype = kind(config, await kind.open(config))
-            prototype.provenance = {"environment_sha256": spec.sha256}
-            if alias in self._opened:
-                await kind.shut(prototype.resources)
-            self._opened.setdefault(alias, prototype)
-        return self._opened[alias]
+        await self._prototypes.close()

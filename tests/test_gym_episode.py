@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -354,3 +355,40 @@ def test_an_episode_that_lost_a_metric_to_the_machine_is_not_scored():
     episode = play(LosesItsMetric(LosesItsMetric.Config()), [say("5")])
     assert episode.outcome.cause is Cause.SANDBOX
     assert episode.result == Unscored(cause=Cause.SANDBOX, detail="the box is gone")
+
+
+class Patient(Adder):
+    """Needs longer than others are given, and says so."""
+
+    needs = MappingProxyType({"setup": 5.0, "tool": 5.0, "judge": 5.0})
+
+    def deadlines(self, task):
+        return self.needs
+
+    async def setup(self, task):
+        await asyncio.sleep(0.1)
+
+    @tool
+    async def nap(self) -> str:
+        """Sleep."""
+        await asyncio.sleep(0.1)
+        return "rested"
+
+    @reward
+    async def late(self) -> float:
+        await asyncio.sleep(0.1)
+        return 1.0
+
+
+def test_phases_take_as_long_as_the_environment_says_that_they_need():
+    tight = Bounds(setup=0.01, tool=0.01, judge=0.01)
+    episode = play(Patient(), [call("nap"), say("done")], bounds=tight)
+    assert (episode.outcome.cause, episode.rewards["late"]) == (Cause.OK, Scored(value=1.0))
+    assert tight.at_least({"judge": 0.001}) == tight
+
+
+def test_a_phase_that_is_none_is_named(monkeypatch):
+    monkeypatch.setattr(Patient, "needs", {"judging": 5.0})
+    outcome = play(Patient(), [say("done")]).outcome
+    assert outcome.cause is Cause.ENVIRONMENT
+    assert "no phase 'judging'; the phases are: setup, tool, respond, judge, close" in outcome.detail

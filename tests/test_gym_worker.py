@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 
 import pytest
 
 from palaestra.gym.outcome import Cause, Failure
-from palaestra.gym.worker import worker
+from palaestra.gym.worker import shut, worker
 
 
 def asking(ask, questions):
@@ -82,3 +83,14 @@ async def test_a_failure_crosses_from_the_worker():
     with pytest.raises(Failure) as raised:
         await worker(failing, "no more boxes", timeout=20)
     assert (raised.value.cause, raised.value.detail) == (Cause.SANDBOX, "no more boxes")
+
+
+async def test_a_worker_answers_where_more_files_are_open_than_select_knows():
+    shut()
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        assert await worker(asked_never, None, 3, timeout=60) == 3
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        shut()

@@ -54,6 +54,20 @@ async def test_a_shell_keeps_its_folder_and_variables(box):
     assert (done.status, done.output, done.stopped) == (7, b"out\nerr\n", False)
 
 
+@pytest.mark.parametrize("backend", ISOLATING, indirect=True)
+async def test_boxes_start_where_more_files_are_open_than_select_knows(backend):
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        box = await backend.create(backend.image, SMALL)
+        assert (await box.exec("echo here", 5)).output == b"here\n"
+        await box.write("/tmp/file", "text")
+        assert await box.read("/tmp/file") == b"text"
+        await box.destroy()
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+
+
 async def test_what_is_put_comes_back(box):
     entries = {
         "/work/deep/er/file": Entry("file", 0o640, b"\0\xff\n"),

@@ -14,8 +14,10 @@ import numpy as np
 
 from palaestra.gym.agent import MAIN, Loop, Recorder
 from palaestra.gym.environment import Environment, gold_messages
+from palaestra.gym.episode import Bounds
 from palaestra.gym.outcome import Cause
 from palaestra.gym.policy import ToolDeclaration
+from palaestra.gym.prototypes import Prototypes
 from palaestra.gym.registry import EnvironmentSpec, UsageError
 from palaestra.gym.tools import Tools, as_messages, guarded
 from palaestra.gym.types import Completion, Episode, Generation, Limits, Message, Sampling, Task, Turn
@@ -23,7 +25,7 @@ from palaestra.model.renderer import Renderer
 from palaestra.rollout.pool import Tasks, shares
 from palaestra.trainer.batch import Batch, Sample, paths
 
-SECONDS = 60.0
+BOUNDS = Bounds(limits=Limits(turns=64, seconds=60), setup=60, tool=60, respond=60, close=60)
 
 
 class Recital:
@@ -67,12 +69,11 @@ class Demonstrations:
     def __init__(
         self, specs: Mapping[str, EnvironmentSpec], weights: Mapping[str, float], renderer: Renderer, seed: int
     ) -> None:
-        self._specs = specs
+        self._prototypes = Prototypes(specs)
         self._weights = weights
         self._renderer = renderer
         self._seed = seed
         self._tasks = {name: Tasks(spec, seed) for name, spec in specs.items()}
-        self._opened: dict[str, Environment] = {}
 
     async def batch(self, size: int, easy: bool = False) -> Batch:
         """The next `size` demonstrations; `easy`: only of each environment's lowest level. Raises UsageError."""
@@ -84,9 +85,7 @@ class Demonstrations:
 
     async def close(self) -> None:
         """Shut what the environments opened."""
-        while self._opened:
-            _, prototype = self._opened.popitem()
-            await type(prototype).shut(prototype.resources)
+        await self._prototypes.close()
 
     def state(self) -> dict[str, dict[str, int]]:
         """The cursors."""
@@ -105,20 +104,21 @@ class Demonstrations:
         return [easiest[place % len(easiest)] for place in range(count)]
 
     async def _play(self, task: Task) -> list[Sample]:
-        environment = (await self._open(task.environment)).fresh()
+        environment = (await self._prototypes.of(task.environment)).fresh()
         environment.task = task
+        bounds = BOUNDS.at_least(environment.deadlines(task))
         what = f"{task.environment}.setup"
         try:
-            added = await guarded(what, Cause.ENVIRONMENT, SECONDS, environment.setup, task)
+            added = await guarded(what, Cause.ENVIRONMENT, bounds.setup, environment.setup, task)
             if added is not None:
                 task = task.model_copy(update={"prompt": (*task.messages(), *as_messages(added))})
-            tools = Tools(environment, SECONDS, SECONDS)
+            tools = Tools(environment, bounds.tool, bounds.respond)
             policy = Recital(self._renderer, self._gold(environment, task))
-            recorder = Recorder({MAIN: policy}, tools, Sampling(), task.key, Limits(turns=64))
-            async with asyncio.timeout(SECONDS):
+            recorder = Recorder({MAIN: policy}, tools, Sampling(), task.key, bounds.limits)
+            async with asyncio.timeout(bounds.limits.seconds):
                 await Loop().run(task, tools, recorder)
         finally:
-            await guarded(f"{task.environment}.close", Cause.ENVIRONMENT, SECONDS, environment.close)
+            await guarded(f"{task.environment}.close", Cause.ENVIRONMENT, bounds.close, environment.close)
         return paths(Episode(task.key, task, tuple(recorder.turns)), 1.0)
 
     def _gold(self, environment: Environment, task: Task) -> list[Message]:
@@ -132,12 +132,3 @@ class Demonstrations:
                 f"environment {task.environment} has no solution for task {task.key}: nothing to learn from"
             )
         return gold
-
-    async def _open(self, name: str) -> Environment:
-        if name not in self._opened:
-            kind, config = self._specs[name].environment(), self._specs[name].settings()
-            prototype = kind(config, await kind.open(config))
-            if name in self._opened:
-                await kind.shut(prototype.resources)
-            self._opened.setdefault(name, prototype)
-        return self._opened[name]

@@ -179,19 +179,21 @@ async def _fill(descriptor: int, content: bytes) -> None:
 
 def _converse(peer: socket.socket) -> None:
     """Carry our standard input to a container, and its outputs to ours, until it ends."""
-    sources: list[Any] = [peer, 0]
+    waiting = select.poll()
+    for source in (peer.fileno(), 0):
+        waiting.register(source, select.POLLIN)
     buffer = b""
     peer.setblocking(True)
     peer.sendall(b"go\n")
     while True:
-        ready = select.select(sources, [], [])[0]
+        ready = [source for source, _ in waiting.poll()]
         if 0 in ready:
             part = os.read(0, 1 << 16)
             peer.sendall(part)
             if not part:
                 peer.shutdown(socket.SHUT_WR)
-                sources.remove(0)
-        if peer in ready:
+                waiting.unregister(0)
+        if peer.fileno() in ready:
             part = peer.recv(1 << 16)
             if not part:
                 return

@@ -107,8 +107,11 @@ class Launcher:
         """Answer requests until the owner closes its end, and tell of boxes that end."""
         ended, woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
+        waiting = select.poll()  # select(2) knows no descriptor above 1,023
+        for descriptor in (self.channel.fileno(), ended):
+            waiting.register(descriptor, select.POLLIN)
         while True:
-            ready = select.select([self.channel.fileno(), ended], [], [])[0]
+            ready = [descriptor for descriptor, _ in waiting.poll()]
             if ended in ready:
                 os.read(ended, 4096)
                 self._reap()
@@ -201,8 +204,10 @@ class Launcher:
     def _init_of(self, descriptor: int, child: socket.socket) -> int:
         """The `child-pid` that bubblewrap writes. Raises LaunchError where it ends instead."""
         text = ""
+        waiting = select.poll()
+        waiting.register(descriptor, select.POLLIN)
         while "}" not in text:
-            if not select.select([descriptor], [], [], INFO_SECONDS)[0]:
+            if not waiting.poll(INFO_SECONDS * 1000):
                 raise LaunchError(f"bubblewrap said nothing for {INFO_SECONDS:g} s")
             part = os.read(descriptor, 4096).decode()
             if not part:

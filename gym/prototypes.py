@@ -1,0 +1,37 @@
+"""Environments with their resources open: each is opened once in a process, by its first episode."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Mapping
+
+from palaestra.gym.environment import Environment
+from palaestra.gym.registry import EnvironmentSpec
+
+
+class Prototypes:
+    """For each alias of `specs` an environment whose resources are open; episodes play `fresh()` ones of it."""
+
+    def __init__(self, specs: Mapping[str, EnvironmentSpec]) -> None:
+        self._specs = specs
+        self._opened: dict[str, Environment] = {}
+        self._opening: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    async def of(self, alias: str) -> Environment:
+        """The environment of that alias; who asks while it opens waits. Raises what its `open` raises, and the next one
+        who asks tries again."""
+        async with self._opening[alias]:
+            if alias not in self._opened:
+                spec = self._specs[alias]
+                kind, config = spec.environment(), spec.settings()
+                prototype = kind(config, await kind.open(config))
+                prototype.provenance = {"environment_sha256": spec.sha256}
+                self._opened[alias] = prototype
+            return self._opened[alias]
+
+    async def close(self) -> None:
+        """Shut what was opened; the next `of` opens anew."""
+        while self._opened:
+            _, prototype = self._opened.popitem()
+            await type(prototype).shut(prototype.resources)
