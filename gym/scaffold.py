@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+import sys
 from pathlib import Path
 
 from palaestra.gym.registry import UsageError
@@ -52,6 +53,8 @@ def new(name: str, folder: Path) -> list[Path]:
     module = name.replace("-", "_").lower()
     if not module.isidentifier() or keyword.iskeyword(module):
         raise UsageError(f"env new {name}: not a Python name; use letters, digits and underscores")
+    if module in sys.stdlib_module_names:
+        raise UsageError(f"env new {name}: Python has a module {module} of its own; choose another name")
     title = "".join(part.capitalize() for part in module.split("_"))
     fields = {"name": title, "module": module}
     files = {folder / f"{module}.py": _ENVIRONMENT, folder / f"test_{module}.py": _TEST}

@@ -31,7 +31,7 @@ pre { white-space: pre-wrap; background: #f6f6f6; padding: .6em; margin: .2em 0 
 {% for line in lines %}<tr>{% for cell in line %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>
 <p>Intervals are 95 %, over tasks. pass@k: any of k attempts right; pass^k: all of them.</p>
-<h2>Episodes</h2>
+<h2>Episodes ({{ episodes|length }} of {{ count }})</h2>
 {% for row in episodes %}<details>
 <summary>{{ row.policy }} on {{ row.environment }}, task {{ row.key }}: {{ row.reward }} ({{ row.outcome }})</summary>
 {% for message in row.messages %}<b>{{ message.role }}</b><pre>{{ message.content }}
@@ -93,8 +93,9 @@ def page(summaries: Sequence[Summary], rows: Sequence[Row]) -> str:
     for row in rows:
         shown.setdefault((row.policy, row.environment), []).append(row)
     episodes = [row for cell in shown.values() for row in cell[:SHOWN]]
+    lines = [_line(summary) for summary in summaries]
     template = Environment(autoescape=True).from_string(_PAGE)
-    return template.render(titles=_titles(summaries[0].k), lines=[_line(s) for s in summaries], episodes=episodes)
+    return template.render(titles=_titles(summaries[0].k), lines=lines, episodes=episodes, count=len(rows))
 
 
 def write(folder: Path, summaries: Sequence[Summary], rows: Sequence[Row]) -> None:

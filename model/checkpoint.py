@@ -44,6 +44,12 @@ def save(folder: Path, model: Hybrid, tokenizer_hash: str = "", dtype: torch.dty
     replace(folder, staged)
 
 
+def shipped() -> list[str]:
+    """The names of the checkpoints that ship."""
+    assets = Path(str(files("palaestra.trainer").joinpath("assets")))
+    return sorted(path.parent.name for path in assets.glob(f"*/{WEIGHTS}"))
+
+
 def locate(reference: str) -> Path:
     """The folder that `reference` names: a path, or the name of a checkpoint that ships (warmstart)."""
     shipped = Path(str(files("palaestra.trainer").joinpath("assets", reference)))

@@ -109,6 +109,7 @@ def sums(tmp_path, monkeypatch):
         (["env", "check", "sums.py", "size=3"], "write config.KEY=VALUE"),
         (["env", "check", "sums.py", "size"], "is no override"),
         (["env", "new", "1x"], "not a Python name"),
+        (["env", "new", "random"], "a module random of its own"),
         (["env", "new", "sums"], "exists; choose another name"),
         (["env", "score", "sums.py", "--input", "no.jsonl", "--output", "o"], "there is no data file no.jsonl"),
         (["tasks", "show", "sums.py", "nokey"], "no task has the key 'nokey'"),

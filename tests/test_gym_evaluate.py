@@ -185,6 +185,7 @@ async def test_tables_are_written_and_what_a_model_wrote_is_escaped(file, tmp_pa
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
     assert "<b>evil" not in page
+    assert "Episodes (3 of 5)" in page
     table = pyarrow.parquet.read_table(tmp_path / "episodes.parquet")
     assert table.num_rows == 5
     assert json.loads(table["messages"][0].as_py())[-1]["content"] == "<script>alert(1)</script>"

@@ -116,6 +116,7 @@ def test_a_run_without_a_signal_says_that_it_learned_nothing(command, tmp_path):
     [
         (["model=preset:huge"], "no preset 'huge'"),
         (["model=nowhere"], "no checkpoint folder nowhere"),
+        (["model=warmstrat"], "did you mean 'warmstart'"),
         (["environments.toy.use=maths"], "unknown environment 'maths'"),
         (["environments.toy.config.x=1"], "has no config key 'x'"),
     ],

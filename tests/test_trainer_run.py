@@ -370,7 +370,7 @@ def test_a_finished_run_is_never_overwritten_and_an_unfinished_one_needs_resume(
     with pytest.raises(UsageError, match="--resume"):
         folder_of(recipe, tmp_path, False)
     assert folder_of(recipe, tmp_path, True) == folder
-    with pytest.raises(UsageError, match="differs from the recipe"):
+    with pytest.raises(UsageError, match=r"recipe.json differs from the recipe given: seed was \d, is 5; resume"):
         folder_of(make("seed=5"), tmp_path, True)
     (folder / "summary.json").write_text("{}")
     assert folder_of(recipe, tmp_path, False).name == "toy-2"

@@ -44,7 +44,10 @@ def model(recipe: Recipe, tokenizer: Tokenizer) -> Hybrid:
         return Hybrid(config if recipe.nvfp4 else config.model_copy(update={"nvfp4": ()}))
     folder = checkpoint.locate(recipe.model)
     if not folder.is_dir():
-        raise UsageError(f"model: there is no checkpoint folder {recipe.model}; give one, or preset:NAME")
+        raise UsageError(
+            f"model: there is no checkpoint folder {recipe.model}; give one, preset:NAME, or one that ships: "
+            f"{suggest(recipe.model, checkpoint.shipped())}"
+        )
     loaded = checkpoint.load(folder)
     known = checkpoint.tokenizer_hash(folder)
     if known and known != tokenizer.sha256:

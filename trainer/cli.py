@@ -85,8 +85,10 @@ def folder_of(recipe: Recipe, runs: Path, resume: bool) -> Path:
     if written.exists():
         if not resume:
             raise UsageError(f"{folder} holds an unfinished run; give --resume to go on, or delete it")
-        if _read(written) != json.loads(recipe.model_dump_json()):
-            raise UsageError(f"{written} differs from the recipe given; resume with the same recipe and overrides")
+        if changed := _changed(_read(written), json.loads(recipe.model_dump_json())):
+            raise UsageError(
+                f"{written} differs from the recipe given: {changed}; resume with the same recipe and overrides"
+            )
         return folder
     if resume and number > 1:
         raise UsageError(f"the latest run {recipe.name} has ended; without --resume a new one begins in {folder}")
@@ -100,6 +102,15 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({error}); delete {path.parent} to start the run anew") from None
+
+
+def _changed(before: Any, now: Any, where: str = "") -> str:
+    """The values that differ, by their dotted keys; empty where none does."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return "" if before == now else f"{where} was {json.dumps(before)}, is {json.dumps(now)}"
+    keys = sorted(before.keys() | now.keys())
+    found = (_changed(before.get(key), now.get(key), f"{where}.{key}".lstrip(".")) for key in keys)
+    return ", ".join(text for text in found if text)
 
 
 async def _run(recipe: Recipe, specs: dict[str, Any], folder: Path, resume: bool) -> dict[str, Any]:
