@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from palaestra.environments.sandbox.backends import lacks_native
+from palaestra.environments.swe.environment import Built, shipped
+from palaestra.tasks.terminal import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -70,3 +72,13 @@ def test_the_programs_of_the_page_on_sandboxes_do_what_it_says(tmp_path):
         assert not failure(line, tmp_path, 110)
     summary = json.loads((tmp_path / "runs" / "eval" / "summary.json").read_text())
     assert {one["policy"]: one["reward"]["mean"] for one in summary} == {"scripted:gold": 1.0, "null": 0.0}
+
+
+def test_the_readme_counts_tasks_right():
+    readme = (ROOT / "README.md").read_text()
+    tasks = list(Built(shipped()))
+    packages = {task.data["package"] for task in tasks}
+    assert f"{len(tasks)} bugs in {len(packages)} packages" in readme
+    assert f"| {len(tasks)} tasks of {len(packages)} packages |" in (ROOT / "tasks" / "DATA.md").read_text()
+    templates = sum(len(family) for family in FAMILIES.values())
+    assert f"{templates} templates of shell tasks" in readme
