@@ -14,7 +14,7 @@ from loopback import Server, adds
 
 from palaestra.gym import cli
 from palaestra.gym.outcome import Cause, Failure
-from palaestra.gym.registry import UsageError
+from palaestra.gym.registry import UsageError, spec
 
 COMMAND = Path(sys.executable).with_name("palaestra")
 CORE_ONLY = """
@@ -94,6 +94,22 @@ def test_env_list_imports_no_environment(tmp_path):
     assert "palaestra.environments.math" not in loaded
 
 
+def test_shell_tasks_are_written_as_harbor_folders_that_are_read_back(tmp_path):
+    run("tasks", "export", "terminal", "--output", tmp_path / "out", "--count", 3)
+    folders = sorted((tmp_path / "out").iterdir())
+    assert len(folders) == 3
+    assert {"task.toml", "instruction.md", "environment", "tests", "solution"} <= {p.name for p in folders[0].iterdir()}
+    assert [task.key for task in spec(f"harbor:{tmp_path / 'out'}").environment().task_set(None)] == [
+        folder.name for folder in folders
+    ]
+
+
+def test_an_environment_that_builds_no_tasks_says_so(capsys):
+    with pytest.raises(SystemExit):
+        run("tasks", "build", "math")
+    assert capsys.readouterr().err.strip() == "palaestra: Math makes no tasks from outside material"
+
+
 @pytest.fixture
 def sums(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -109,6 +125,7 @@ def sums(tmp_path, monkeypatch):
         (["env", "check", "sums.py", "size=3"], "write config.KEY=VALUE"),
         (["env", "check", "sums.py", "size"], "is no override"),
         (["env", "new", "1x"], "not a Python name"),
+        (["tasks", "export", "math", "-o", "folder"], "Math writes no tasks for other tools"),
         (["env", "new", "random"], "a module random of its own"),
         (["env", "new", "sums"], "exists; choose another name"),
         (["env", "score", "sums.py", "--input", "no.jsonl", "--output", "o"], "there is no data file no.jsonl"),
