@@ -45,8 +45,10 @@ cd /work || exit 1
 touch /run/task-ready
 """
 TEST = """#!/bin/bash
-mkdir -p /logs/verifier
-python3 -I /tests/terminal_check.py judge
+cd /
+export PATH=/usr/bin:/bin:$PATH
+rm -rf /logs/verifier/reward.*
+python3 -I -S /tests/terminal_check.py judge
 """
 
 

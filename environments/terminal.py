@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,18 @@ class Terminal(Boxed):
         """A Harbor task folder."""
         return harbor_export.export(task, folder)
 
+    async def another_box(self) -> Box:
+        """Another box, whose shell stands in /work, whatever its image begins with."""
+        box = await super().another_box()
+        try:
+            done = await box.exec(f"mkdir -p {state.WORK} && cd {state.WORK}", SETUP_SECONDS)
+            if done.status:
+                raise Failure(Cause.SANDBOX, f"no shell in {state.WORK}: {done.output.decode(errors='replace')}")
+        except BaseException:
+            await box.destroy()
+            raise
+        return box
+
     async def setup(self, task: Task) -> None:
         """A fresh box in which the task's tree stands."""
         await super().setup(task)
@@ -75,7 +87,8 @@ class Terminal(Boxed):
             found = {path: entry for path, entry in (await self.box.diff()).items() if entry is not None}
         except OSError:
             return 0.0
-        return max(0.0, 1 - len(state.differences(wanted, found)) / max(1, len(wanted)))
+        wrong = await asyncio.to_thread(state.differences, wanted, found)
+        return max(0.0, 1 - len(wrong) / max(1, len(wanted)))
 
     async def _problems(self, task: Task) -> list[str]:
         """What is wrong, a line each."""
@@ -85,7 +98,7 @@ class Terminal(Boxed):
             return [str(error)]
         found = {path: entry for path, entry in after.items() if entry is not None}
         wanted = _tree(task.data["after"])
-        problems = state.differences(wanted, found) + _elsewhere(self._baseline, after)
+        problems = await asyncio.to_thread(state.differences, wanted, found) + _elsewhere(self._baseline, after)
         for path, node in wanted.items():
             if node.kind == "git" and not problems:
                 problems += await self._in_fresh_box(partial(_repository, node, f"{state.WORK}/{path}", found))
@@ -95,26 +108,33 @@ class Terminal(Boxed):
         return problems
 
     async def _in_fresh_box(self, judge: Any) -> list[str]:
+        """What a judge finds wrong in a fresh box; what that does not take in is wrong, too."""
         box = await self.another_box()
         try:
             return await judge(box)  # type: ignore[no-any-return]
+        except OSError as error:
+            return [f"a fresh box does not take it in: {error}"]
         finally:
             await box.destroy()
 
     async def _check_process(self, check: Mapping[str, Any], found: Mapping[str, Entry]) -> list[str]:
-        """So many processes have the argument, whole; what was just killed has a moment to go."""
+        """So many processes have the arguments; what was just killed has a moment to go."""
         for _ in range(int(SETTLE_SECONDS / 0.05)):
-            count = sum(check["argument"] in process.arguments for process in await self.box.processes())
+            count = len(await self._numbers(check["arguments"]))
             if count == check["count"]:
                 break
             await asyncio.sleep(0.05)
-        return [] if count == check["count"] else [f"{count} processes have the argument {check['argument']}"]
+        return [] if count == check["count"] else [f"{count} processes are {' '.join(check['arguments'])}"]
 
     async def _check_pidfile(self, check: Mapping[str, Any], found: Mapping[str, Entry]) -> list[str]:
-        """The file holds the number of the process that has the argument."""
-        numbers = [p.pid for p in await self.box.processes() if check["argument"] in p.arguments]
+        """The file holds the number of the process that has the arguments."""
+        numbers = await self._numbers(check["arguments"])
         content = found[check["path"]].content.strip().decode(errors="replace")
         return [] if content in map(str, numbers) else [f"{check['path']} does not hold the process number"]
+
+    async def _numbers(self, arguments: Sequence[str]) -> list[int]:
+        """The numbers of the processes that have the arguments, in the box."""
+        return [process.pid for process in await self.box.processes() if state.called(process.arguments, arguments)]
 
     async def _check_answer(self, check: Mapping[str, Any], found: Mapping[str, Entry]) -> list[str]:
         """An HTTP GET brings the body."""
@@ -152,8 +172,8 @@ async def _repository(node: Node, place: str, found: Mapping[str, Entry], box: B
         done = await box.exec(f"{state.GIT} --git-dir=judged {arguments} 2>/dev/null", ASK_SECONDS)
         return done.output.decode(errors="replace")
 
-    await box.exec(f"{state.GIT} init -q --bare judged", ASK_SECONDS)
-    await box.put({f"{state.WORK}/judged/{path}": entry for path, entry in state.taken(found, place).items()})
+    files = {"config": Entry("file", 0o644, state.CONFIG), **state.taken(found, place)}
+    await box.put({f"{state.WORK}/judged/{path}": entry for path, entry in files.items()})
     return await state.repository(git, node, place)
 
 

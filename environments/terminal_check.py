@@ -2,7 +2,8 @@
 library and terminal_state.py beside it.
 
 `python3 terminal_check.py make` writes the tree that the task begins with; `... manifest` notes the rest of the file
-system; `... judge` compares. All read task.json beside this file.
+system; `... judge` compares: what it cannot judge earns 0, for whoever made it so was the agent. All read task.json
+beside this file.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -28,9 +30,14 @@ if __name__ == "__main__":
     import terminal_state as state
 
 WORK = Path("/work")
-MANIFEST = Path("/usr/share/task-manifest.json")
+MANIFEST = Path("/var/lib/task-manifest.json")
+LOGS = Path("/logs/verifier")
 WATCHED = ("/etc", "/home", "/root", "/srv", "/usr/local", "/opt")
-SETTLE, SECONDS = 1.0, 30
+ENGINES = ("/etc/hosts", "/etc/resolv.conf", "/etc/hostname", "/etc/mtab")
+"""What container engines write themselves."""
+SETTLE, SECONDS, ALL_SECONDS = 1.0, 30, 100
+LARGE = 64 << 20
+"""Bytes of a file that counts as none."""
 LINES = {"kind": "file", "mode": 0o644, "text": "", "parts": {}}
 
 
@@ -45,15 +52,15 @@ def entry(path: Path) -> Any:
     mode = stat.S_IMODE(found.st_mode)
     if stat.S_ISLNK(found.st_mode):
         return SimpleNamespace(kind="link", mode=mode, content=os.readlink(path).encode(errors="surrogateescape"))
-    if stat.S_ISREG(found.st_mode):
+    if stat.S_ISREG(found.st_mode) and found.st_size < LARGE:
         return SimpleNamespace(kind="file", mode=mode, content=path.read_bytes())
     return SimpleNamespace(kind="directory" if stat.S_ISDIR(found.st_mode) else "other", mode=mode, content=b"")
 
 
 def walk(top: Path) -> dict[str, Any]:
-    """Everything below a folder by absolute path."""
+    """Everything below a folder by absolute path; nothing, where it is a link."""
     found = {}
-    for folder, folders, files in os.walk(top):
+    for folder, folders, files in () if top.is_symlink() else os.walk(top):
         for name in folders + files:
             found[os.path.join(folder, name)] = entry(Path(folder, name))
     return found
@@ -79,7 +86,7 @@ def rest() -> dict[str, str]:
     found = {}
     for top in WATCHED:
         for path, it in walk(Path(top)).items():
-            if not path.startswith("/root/."):
+            if not path.startswith("/root/.") and path not in ENGINES:
                 found[path] = f"{it.kind} {it.mode:o} {hashlib.sha256(it.content).hexdigest()}"
     return found
 
@@ -88,8 +95,6 @@ async def problems(task: dict[str, Any]) -> list[str]:
     """What is wrong, a line each."""
     found, wanted = walk(WORK), nodes(task["after"])
     said: list[str] = state.differences(wanted, found)
-    if rest() != json.loads(MANIFEST.read_text()):
-        said.append("something outside /work has changed")
     for path, node in wanted.items():
         if node.kind == "git" and not said:
             said += await repository(node, f"{WORK}/{path}", found)
@@ -102,56 +107,65 @@ async def problems(task: dict[str, Any]) -> list[str]:
 async def repository(node: Any, place: str, found: dict[str, Any]) -> list[str]:
     """What is wrong with a repository, asked of git on a copy of its objects and references."""
     with tempfile.TemporaryDirectory() as scratch:
-        subprocess.run(f"{state.GIT} init -q --bare judged", shell=True, cwd=scratch, check=True)
-        for path, it in state.taken(found, place).items():
+        config = SimpleNamespace(kind="file", content=state.CONFIG)
+        for path, it in {"config": config, **state.taken(found, place)}.items():
             target = Path(scratch, "judged", path)
             if it.kind == "directory":
                 target.mkdir(parents=True, exist_ok=True)
-            elif it.kind == "file":
+            else:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(it.content)
 
         async def git(arguments: str) -> str:
-            command = f"{state.GIT} --git-dir=judged {arguments} 2>/dev/null"
-            done = subprocess.run(command, shell=True, cwd=scratch, capture_output=True, timeout=SECONDS)
-            return done.stdout.decode(errors="replace")
+            return run(f"{state.GIT} --git-dir=judged {arguments} 2>/dev/null", scratch).stdout.decode(errors="replace")
 
         problems: list[str] = await state.repository(git, node, place)
         return problems
 
 
-def arguments() -> dict[int, list[str]]:
-    """The arguments of every process."""
-    found = {}
+def run(command: str, folder: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a shell command in a folder that is its home, too: nothing of the agent's home counts. Raises TimeoutExpired
+    after SECONDS."""
+    home = {**os.environ, "HOME": folder}
+    return subprocess.run(command, shell=True, cwd=folder, env=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          stdin=subprocess.DEVNULL, timeout=SECONDS)  # fmt: skip
+
+
+def numbers(arguments: list[str]) -> list[int]:
+    """The numbers of the processes that have the arguments."""
+    found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            found[int(path.parent.name)] = path.read_bytes().decode(errors="replace").rstrip("\0").split("\0")
+            given = path.read_bytes().decode(errors="replace").rstrip("\0").split("\0")
         except OSError:
             continue
+        if state.called(given, arguments):
+            found.append(int(path.parent.name))
     return found
 
 
 def process(check: dict[str, Any], found: dict[str, Any]) -> bool:
-    """So many processes have the argument."""
+    """So many processes have the arguments."""
     end = time.monotonic() + SETTLE
     while True:
-        right: bool = sum(check["argument"] in given for given in arguments().values()) == check["count"]
+        right: bool = len(numbers(check["arguments"])) == check["count"]
         if right or time.monotonic() > end:
             return right
         time.sleep(0.05)
 
 
 def pidfile(check: dict[str, Any], found: dict[str, Any]) -> bool:
-    """The file holds the number of the process that has the argument."""
+    """The file holds the number of the process that has the arguments."""
     number: str = found[check["path"]].content.strip().decode(errors="replace")
-    return number.isdigit() and check["argument"] in arguments().get(int(number), [])
+    return number in map(str, numbers(check["arguments"]))
 
 
 def answer(check: dict[str, Any], found: dict[str, Any]) -> bool:
     """An HTTP GET brings the body."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{check['port']}{check['path']}", timeout=5) as reply:
-            return bool(reply.status == 200 and reply.read() == check["body"].encode())
+            body = check["body"].encode()
+            return bool(reply.status == 200 and reply.read(len(body) + 1) == body)
     except OSError:
         return False
 
@@ -159,28 +173,43 @@ def answer(check: dict[str, Any], found: dict[str, Any]) -> bool:
 def fresh(check: dict[str, Any], found: dict[str, Any]) -> bool:
     """In a copy of /work, a command prints the output."""
     with tempfile.TemporaryDirectory() as scratch:
-        shutil.copytree(WORK, Path(scratch, "work"), symlinks=True)
-        done = subprocess.run(check["command"], shell=True, cwd=Path(scratch, "work"), stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, timeout=SECONDS)  # fmt: skip
+        copy = shutil.copytree(WORK, os.path.join(scratch, "work"), symlinks=True)
+        done = run(check["command"], copy)
         return done.returncode == 0 and done.stdout == check["output"].encode()
 
 
 CHECKS = {"process": process, "pidfile": pidfile, "answer": answer, "fresh": fresh}
 
 
+def judge(task: dict[str, Any]) -> None:
+    """Write the verdict: 0 until all is found right, whatever the state does to those who look at it; none where only
+    the manifest cannot be read. Then raises OSError, ValueError."""
+    LOGS.mkdir(parents=True, exist_ok=True)
+    verdict = LOGS / "reward.txt"
+    verdict.write_text("0\n")
+    signal.alarm(ALL_SECONDS)
+    try:
+        said, around = asyncio.run(problems(task)), rest()
+    except Exception as error:
+        said, around = [f"{type(error).__name__}: {error}"], {}
+    if not said:
+        verdict.unlink()
+        said = [] if around == json.loads(MANIFEST.read_text()) else ["something outside /work has changed"]
+    verdict.write_text(f"{int(not said)}\n")
+    print(*map(ascii, said), sep="\n")
+
+
 def main(what: str) -> None:
     """Do what the argument says."""
     if what == "manifest":
+        MANIFEST.parent.mkdir(parents=True, exist_ok=True)
         MANIFEST.write_text(json.dumps(rest()))
         return
     task = json.loads((HERE / "task.json").read_text())
     if what == "make":
         make(task)
     else:
-        said = asyncio.run(problems(task))
-        print(*said, sep="\n")
-        Path("/logs/verifier").mkdir(parents=True, exist_ok=True)
-        Path("/logs/verifier/reward.txt").write_text(f"{int(not said)}\n")
+        judge(task)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Trees of shell tasks: put into a box, and compared with what a box came to.
 
-What is compared is data that left the box: databases, archives and repositories are opened here or in a fresh box,
-never by a program of the box that is judged. Exported tasks carry a copy of this file: it needs nothing but the
+What is compared is data that left the box: databases and archives are opened in a process of their own, repositories
+in a fresh box, never by a program of the box that is judged. That process is this file as a program: KIND and FORM are
+its arguments, what its standard input holds it prints as JSON. Exported tasks carry a copy: it needs nothing but the
 standard library.
 """
 
@@ -9,13 +10,18 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import lzma
+import re
+import resource
 import shlex
 import sqlite3
+import subprocess
+import sys
 import tarfile
 import zipfile
-import zlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,14 +32,16 @@ Git = Callable[[str], Awaitable[str]]
 """Runs git with some arguments in the folder that holds the bare repository `judged`; what it prints."""
 
 WORK = "/work"
-LARGEST, MEMBERS, STEPS, ROWS = 4 << 20, 1000, 10_000_000, 100_000
+LARGEST, MEMBERS, STEPS, ROWS, HEAP = 1 << 20, 1000, 10_000_000, 100_000, 64 << 20
 """Bytes and members of an archive that is opened, and what a database may cost: its makers may mean harm."""
+OPEN_SECONDS = 20
+"""How long a database or an archive may take to be opened, in all and of a processor."""
+OPEN_LIMITS = {
+    resource.RLIMIT_AS: 512 << 20, resource.RLIMIT_CPU: OPEN_SECONDS, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0,
+}  # fmt: skip
 OPAQUE = ("sqlite", "archive")
-UNREADABLE = (
-    sqlite3.Error, tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, OSError, EOFError, ValueError,
-    RuntimeError, NotImplementedError,
-)  # fmt: skip
-"""What reading a damaged database or archive raises; of zips also encrypted ones and unknown compressions."""
+PLAIN = re.compile("table: CREATE TABLE |index: CREATE (UNIQUE )?INDEX |index: $")
+"""How the rows of a plain database's schema begin, as SQLite itself writes them."""
 
 
 def content_of(node: Node) -> bytes:
@@ -112,8 +120,8 @@ def _problem(node: Node | None, entry: Entry | None) -> str:
 
 def _unlike(node: Node, content: bytes) -> str:
     try:
-        found = tables(content) if node.kind == "sqlite" else members(node.parts["format"], content)
-    except UNREADABLE as error:
+        found = opened(node.kind, node.parts["format"] if node.kind == "archive" else "", content)
+    except ValueError as error:
         return f"is no {node.kind} ({error})"
     wanted = node.parts if node.kind == "sqlite" else node.parts["members"]
     return "" if found == _plain(wanted) else f"holds something else than it should ({node.kind})"
@@ -127,25 +135,55 @@ def _plain(parts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def tables(content: bytes) -> dict[str, Any]:
-    """The tables of a database: columns with their types, rows sorted. Raises sqlite3.Error, ValueError."""
-    if not content:
-        return {}  # what SQLite makes of an empty file
+def opened(kind: str, form: str, content: bytes) -> dict[str, Any]:
+    """What a database, or an archive of a form, holds, read by a process of its own. Raises ValueError where that does
+    not come to its end within OPEN_SECONDS."""
     if len(content) > LARGEST:
         raise ValueError(f"{len(content)} bytes; at most {LARGEST} are read")
+    command = [sys.executable, "-I", "-S", str(Path(__file__).resolve()), kind, form]
+    try:
+        done = subprocess.run(command, input=content, capture_output=True, timeout=OPEN_SECONDS, env={}, cwd="/")
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"it takes longer than {OPEN_SECONDS} s to open") from None
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise ValueError(said[:200] or f"opening it ended with status {done.returncode}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def main(kind: str, form: str) -> None:
+    """Be the process that `opened` begins. A blob becomes an object: no text equals it."""
+    for limit, most in OPEN_LIMITS.items():
+        resource.setrlimit(limit, (most, most))
+    content = sys.stdin.buffer.read()
+    found = tables(content) if kind == "sqlite" else members(form, content)
+    json.dump(found, sys.stdout, default=lambda blob: {"blob": blob.hex()})
+
+
+def tables(content: bytes) -> dict[str, Any]:
+    """The tables of a database: columns with their types, rows sorted. Raises sqlite3.Error; ValueError where there is
+    anything else, or too much."""
+    if not content:
+        return {}  # what SQLite makes of an empty file
     with sqlite3.connect(":memory:") as db:
+        db.execute(f"PRAGMA hard_heap_limit = {HEAP}")
         db.deserialize(content)
         db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LARGEST)
         db.set_progress_handler(lambda: 1, STEPS)  # ends what takes longer
         db.execute("PRAGMA trusted_schema = OFF")
+        schema = db.execute("SELECT name, type, sql FROM sqlite_schema").fetchall()
+        if not all(PLAIN.match(f"{kind}: {sql or ''}") for _, kind, sql in schema):
+            raise ValueError("it has more than plain tables")
         if db.execute("PRAGMA integrity_check").fetchall() != [("ok",)]:
             raise ValueError("its integrity check fails")
-        names = [name for (name,) in db.execute("SELECT name FROM sqlite_schema WHERE type IN ('table', 'view')")]
-        found = {}
-        for name in names:
+        found, left = {}, LARGEST
+        for name in (name for name, kind, _ in schema if kind == "table"):
             quoted = '"' + name.replace('"', '""') + '"'
             columns = [[column[1], column[2]] for column in db.execute(f"PRAGMA table_info({quoted})")]
-            found[name] = {"columns": columns, "rows": sorted(_rows(db, quoted), key=_order)}
+            rows = _rows(db, quoted, left)
+            left -= len(repr(rows))
+            found[name] = {"columns": columns, "rows": sorted(rows, key=_order)}
         return found
 
 
@@ -161,14 +199,13 @@ def _order(row: list[Any]) -> list[tuple[int, Any]]:
     ]
 
 
-def _rows(db: sqlite3.Connection, table: str) -> list[list[Any]]:
+def _rows(db: sqlite3.Connection, table: str, left: int) -> list[list[Any]]:
     found: list[list[Any]] = []
-    left = LARGEST
     for row in db.execute(f"SELECT * FROM {table} LIMIT {ROWS}"):
         found.append(list(row))
         left -= len(repr(row))
         if left < 0:
-            raise ValueError(f"{table} has more than {LARGEST} bytes")
+            raise ValueError(f"its tables have more than {LARGEST} bytes")
     return found
 
 
@@ -183,7 +220,8 @@ def members(form: str, content: bytes) -> dict[str, str]:
     found: dict[str, str] = {}
     with tarfile.open(fileobj=io.BytesIO(_decompressed(form, content)), mode="r:") as archive:
         for member in archive:
-            file = archive.extractfile(member) if member.isreg() and not member.issparse() else None
+            plain = member.isreg() and not member.issparse() and 0 <= member.size <= LARGEST
+            file = archive.extractfile(member) if plain else None
             if file is None or len(found) == MEMBERS:
                 raise ValueError(f"{member.name} is no file, or one too many")
             found[member.name] = file.read().decode()
@@ -205,15 +243,20 @@ def _decompressed(form: str, content: bytes) -> bytes:
     return found
 
 
-GIT = "git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c core.attributesFile=/dev/null"
+GIT = (
+    "git --no-replace-objects -c core.hooksPath=/dev/null -c core.fsmonitor=false -c core.attributesFile=/dev/null "
+    "-c core.commitGraph=false"
+)
 KEPT = ("HEAD", "objects", "refs", "packed-refs")
-"""What is taken of a repository: nothing that configures."""
+CONFIG = b"[core]\n\trepositoryformatversion = 0\n\tbare = true\n"
+"""What is taken of a repository, and how it then is configured."""
 
 
 def taken(found: Mapping[str, Entry], place: str) -> dict[str, Entry]:
-    """What is looked at of the repository at `place`, by paths below it: nothing that configures."""
+    """What is looked at of the repository at `place`, by paths below it: files and folders, nothing that configures."""
     below = {path.removeprefix(f"{place}/"): entry for path, entry in found.items() if path.startswith(f"{place}/")}
-    return {path: entry for path, entry in below.items() if path.split("/")[0] in KEPT}
+    kept = {path: entry for path, entry in below.items() if path.split("/")[0] in KEPT}
+    return {path: entry for path, entry in kept.items() if entry.kind in ("file", "directory")}
 
 
 async def repository(git: Git, node: Node, place: str) -> list[str]:
@@ -229,11 +272,26 @@ async def repository(git: Git, node: Node, place: str) -> list[str]:
 
 
 async def _branch(git: Git, name: str, wanted: Mapping[str, Any]) -> list[str]:
-    subjects = (await git(f"log --topo-order --format=%s {shlex.quote(name)}")).splitlines()
+    ref = shlex.quote(f"refs/heads/{name}")
+    subjects = (await git(f"log --topo-order --format=%s {ref}")).splitlines()
     if sorted(subjects) != sorted(wanted["subjects"]) or subjects[:1] != wanted["subjects"][:1]:
         return ["has other commits"]
-    listed = (await git(f"ls-tree -r -z --name-only {shlex.quote(name)}")).rstrip("\0").split("\0")
+    listed = (await git(f"ls-tree -r -z --name-only {ref}")).rstrip("\0").split("\0")
     if sorted(listed) != sorted(wanted["tree"]):
         return ["has other files"]
-    found = {path: await git(f"cat-file blob {shlex.quote(f'{name}:{path}')}") for path in wanted["tree"]}
+    parents = (await git(f"log -n 1 --format=%P {ref}")).split()
+    if len(parents) != wanted.get("parents", len(parents)):
+        return [f"ends with a commit of {len(parents)} parents"]
+    if "merged" in wanted and await git(f"rev-list {shlex.quote('refs/heads/' + wanted['merged'])} --not {ref}"):
+        return [f"lacks commits of {wanted['merged']}"]
+    found = {path: await git(f"cat-file blob {shlex.quote(f'refs/heads/{name}:{path}')}") for path in wanted["tree"]}
     return [f"has other content in {path}" for path, text in wanted["tree"].items() if found[path] != text]
+
+
+def called(found: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Whether a process has these arguments, all of them; the folder of its program aside."""
+    return [found[0].rpartition("/")[2], *found[1:]] == list(wanted)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -12,6 +12,7 @@ import fcntl
 import io
 import os
 import secrets
+import shutil
 import signal
 import socket
 import stat
@@ -124,24 +125,50 @@ def _exactly(descriptor: int, limit: int) -> bytes:
 
 
 def put(stream: io.BufferedIOBase) -> None:
-    """Unpack a tar archive below /, owners and modes included. Each entry is made beside its place and moved there."""
+    """Unpack a tar archive below /, owners and modes included. Each entry is made beside its place and moved there, and
+    what stands in its way gives way, whatever it is; above a place, links to folders are followed."""
     with tarfile.open(fileobj=stream, mode="r|") as archive:
         for member in archive:
             path = "/" + member.name
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            _folder(os.path.dirname(path), True)
             if member.isdir():
-                os.makedirs(path, exist_ok=True)
+                _folder(path, False)
                 os.chown(path, member.uid, member.gid)
                 os.chmod(path, member.mode)
                 continue
             beside = os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}")
             try:
                 _make(archive, member, beside)
-                os.rename(beside, path)
+                _moved(beside, path)
             except BaseException:
                 if os.path.lexists(beside):
                     os.unlink(beside)
                 raise
+
+
+def _moved(source: str, path: str) -> None:
+    try:
+        os.rename(source, path)
+    except IsADirectoryError:
+        clear(path)
+        os.rename(source, path)
+
+
+def _folder(path: str, followed: bool) -> None:
+    """Have a folder at a path; `followed`: a link to one will do."""
+    if os.path.isdir(path) and (followed or not os.path.islink(path)):
+        return
+    _folder(os.path.dirname(path), True)
+    clear(path)
+    os.mkdir(path)
+
+
+def clear(path: str) -> None:
+    """Remove what stands at a path, if anything does, whatever it is; no link is followed. Raises OSError."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        os.unlink(path)
 
 
 def _make(archive: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> None:
@@ -223,13 +250,15 @@ def ask(port: int, request: bytes, timeout: float) -> bytes:
     """What a service on the loopback answers until it closes. Raises OSError, TimeoutError after `timeout` seconds."""
     end = time.monotonic() + timeout
     with socket.create_connection(("127.0.0.1", port), timeout) as peer:
+        peer.settimeout(max(0.001, end - time.monotonic()))
         peer.sendall(request)
         found = bytearray()
-        while True:
-            peer.settimeout(max(0.001, end - time.monotonic()))
+        while (left := end - time.monotonic()) > 0:
+            peer.settimeout(left)
             part = peer.recv(CHUNK)
             found += part
             if len(found) > ANSWER:
                 raise OSError(f"an answer of more than {ANSWER} bytes")
             if not part:
                 return bytes(found)
+        raise TimeoutError(f"the answer has not ended after {timeout:g} s")

@@ -13,7 +13,8 @@ BEGIN = "git init -q -b main && git config user.name Worker && git config user.e
 
 
 def history(head: str, **branches: dict[str, Any]) -> Node:
-    """What a repository must come to: `head` is checked out; a branch has {subjects: newest first, tree: path: text}."""
+    """What a repository must come to: `head` is checked out; a branch has {subjects: newest first, tree: path: text}, and
+    perhaps `parents`, how many its last commit has, and `merged`, a branch whose commits it has, too."""
     return Node(kind="git", parts={"head": head, "branches": branches})
 
 
@@ -71,7 +72,7 @@ def merge_branch(level: int, r: random.Random) -> Puzzle:
         ]
     )
     subject = f"Merge {branch}"
-    wanted = {"subjects": [subject, "Begin", "Ours", "Theirs"], "tree": merged}
+    wanted = {"subjects": [subject, "Begin", "Ours", "Theirs"], "tree": merged, "parents": 2, "merged": branch}
     prompt = f'/work is a git repository. Merge the branch {branch} into main, with the message "{subject}".'
     script = f"git merge -q -m {shlex.quote(subject)} {branch}"
     if level > 1:

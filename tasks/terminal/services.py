@@ -11,9 +11,9 @@ from palaestra.tasks.terminal.puzzle import ANY, Puzzle, Tree, file, folder
 SLEEP = "import time; time.sleep(86400)"
 
 
-def process(argument: str, count: int = 1) -> dict[str, Any]:
-    """A check: exactly `count` processes have the argument."""
-    return {"kind": "process", "argument": argument, "count": count}
+def process(arguments: list[str], count: int = 1) -> dict[str, Any]:
+    """A check: exactly `count` processes have the arguments, all of them, the program's name included."""
+    return {"kind": "process", "arguments": arguments, "count": count}
 
 
 def answer(port: int, path: str, body: str) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def stop_process(level: int, r: random.Random) -> Puzzle:
     )
     setup = setup.replace("&;", "&")
     which = " and ".join(gone)
-    checks = tuple(process(worker, 0 if worker in gone else 1) for worker in workers)
+    checks = tuple(process(["python3", "-c", SLEEP, worker], 0 if worker in gone else 1) for worker in workers)
     script = "; ".join(f"pkill -f {worker}" for worker in gone)
     prompt = (
         f"Several processes run in the background. Stop the one with the argument {which}. The others must go on."
@@ -49,7 +49,8 @@ def keep_running(level: int, r: random.Random) -> Puzzle:
     before: Tree = {"run.py": file(f"import sys, time\nprint('started', sys.argv[1], flush=True)\n{SLEEP}\n")}
     prompt = f"Start `python3 run.py {job}` in /work in the background so that it goes on running, with its output in /work/run.log, and write its process number to /work/run.pid."
     script = f"nohup python3 run.py {job} > run.log 2>&1 < /dev/null & echo $! > run.pid; for i in $(seq 100); do [ -s run.log ] && break; sleep 0.05; done"
-    checks = (process(job), {"kind": "pidfile", "path": "/work/run.pid", "argument": job})
+    arguments = ["python3", "run.py", job]
+    checks = (process(arguments), {"kind": "pidfile", "path": "/work/run.pid", "arguments": arguments})
     after = {**before, "run.log": file(f"started {job}\n"), "run.pid": ANY}
     return Puzzle(prompt, before, after, script, "", checks)
 
