@@ -12,24 +12,57 @@ import shlex
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from palaestra.environments.boxed import NEEDS, Boxed
-from palaestra.environments.harbor_task import MIB, HarborTask, load, rewards, variables
+from palaestra.environments.boxed import GRACE, NEEDS, Boxed
+from palaestra.environments.harbor_artifacts import ALWAYS, VERIFIERS, cross, crossing, emptied, left, ways
+from palaestra.environments.harbor_task import MIB, HarborTask, Surroundings, load, rewards, timeouts, variables
 from palaestra.environments.sandbox import dockerfile, images
 from palaestra.environments.sandbox.backends import Backend, open_backend
 from palaestra.gym.environment import Environment, metric, reward
 from palaestra.gym.outcome import Cause, Failure
 from palaestra.gym.registry import UsageError
-from palaestra.gym.sandbox import Box, BoxLimits, Entry
+from palaestra.gym.sandbox import Box, BoxLimits, Destroyed, Entry
 from palaestra.gym.tasksets import split_of
 from palaestra.gym.types import Message, Source, Task
 
-LOGS, TESTS = "/logs/verifier", "/tests"
+TESTS, LOGS = VERIFIERS
+END, TICK = "builtin kill -9 $$", 0.02
+"""What ends the box's shell; with it goes what began in the last hundredth of a second, so that long it is put off."""
 DISK = 2048
 """MiB of a box's disk at the most: it is memory."""
+
+
+class Place(NamedTuple):
+    """Where commands run: a stored image, what the task says of its box, and further variables."""
+
+    image: str
+    wants: Surroundings
+    env: Mapping[str, str] = {}
+
+    @property
+    def workdir(self) -> str:
+        """The folder that commands begin in."""
+        return self.wants.workdir or images.find(self.image).config.workdir
+
+    @property
+    def limits(self) -> BoxLimits:
+        """Of its box."""
+        return BoxLimits(
+            memory=int(self.wants.memory_mb * MIB), disk=int(min(self.wants.storage_mb, DISK) * MIB),
+            cpus=self.wants.cpus, processes=512,
+        )  # fmt: skip
+
+    def exports(self) -> str:
+        """Shell commands that set its variables. Raises UsageError where one of them takes what is not set here."""
+        filled = variables({**self.wants.env, **self.env}, os.environ)
+        return "".join(f"export {name}={shlex.quote(value)}; " for name, value in filled.items())
+
+    def inside(self, command: str) -> str:
+        """A command in its folder, with its variables."""
+        return f"( cd {shlex.quote(self.workdir)}; {self.exports()}{command}\n)"
 
 
 class Harbor(Boxed):
@@ -59,15 +92,26 @@ class Harbor(Boxed):
         """The sandbox."""
         return open_backend(config.backend, NEEDS)
 
+    def deadlines(self, task: Task) -> Mapping[str, float]:
+        """What the task's own timeouts come to."""
+        seconds = timeouts(load(Path(task.data["folder"])))
+        return {**super().deadlines(task), **{phase: seconds[phase] + GRACE for phase in seconds}}
+
     async def setup(self, task: Task) -> None:
-        """A box of the task's image."""
+        """A box of the task's image. Raises UsageError for an image, the verifier's too, that is not to be had."""
         self._folder = Path(task.data["folder"])
         self._harbor = load(self._folder)
-        self._image = self.config.image or await image_of(self._folder, self._harbor, self.config.build)
+        wants, verifier = self._harbor.environment, self._harbor.verifier
+        image = self.config.image or await image_of(self._folder, self._harbor, self.config.build)
+        self._place = Place(image, wants)
+        judging = await verifier_image(self._folder, self._harbor, image, self.config.build)
+        self._judging = Place(judging, (verifier.separate and verifier.environment) or wants, verifier.env)
+        self._judging.exports()  # a variable that is not set is missed now, not after the agent's work
+        self._ways = ways(self._harbor.artifacts, images.find(image).root, self._place.workdir)
         await super().setup(task)
-        await self.box.exec(f"mkdir -p /logs/agent {LOGS} /logs/artifacts; {self._exports()}", 10)
+        await self.box.exec(f"mkdir -p /logs/agent {LOGS} {ALWAYS}; {self._place.exports()}", 10)
         await self._begin(self.box)
-        await self.box.exec(f"cd {shlex.quote(self._workdir())}", 5)
+        await self.box.exec(f"cd {shlex.quote(self._place.workdir)}", 5)
 
     async def _begin(self, box: Box) -> None:
         """The healthcheck, tried as often as the task says. Raises Failure(SANDBOX) where it never succeeds."""
@@ -85,30 +129,35 @@ class Harbor(Boxed):
             Cause.SANDBOX, f"{self._folder.name}: its healthcheck fails: {done.output[-300:].decode(errors='replace')}"
         )
 
-    def _exports(self) -> str:
-        return _exports(self._harbor.environment.env)
-
-    def _workdir(self) -> str:
-        return self._harbor.environment.workdir or images.find(self._image).config.workdir
-
     async def another_box(self) -> Box:
         """Another box of the task's image."""
-        return await self._fresh(self._image)
+        return await self._fresh(self._place)
 
-    async def _fresh(self, image: str) -> Box:
-        wants = self._harbor.environment
-        limits = BoxLimits(
-            memory=int(wants.memory_mb * MIB),
-            disk=int(min(wants.storage_mb, DISK) * MIB),
-            cpus=wants.cpus,
-            processes=512,
-        )
-        return await self.resources.create(image, limits)  # type: ignore[no-any-return]
+    async def _fresh(self, place: Place) -> Box:
+        return await self.resources.create(place.image, place.limits)  # type: ignore[no-any-return]
+
+    async def alive(self) -> bool:
+        """Whether the verifier gives a reward where nobody has worked. Where there is a solution, the canary has that
+        judged instead."""
+        if self.solution(self.task) is None:
+            try:
+                await self.setup(self.task)
+                await self.verified()
+            finally:
+                await self.close()
+        return True
 
     @reward
     async def verified(self) -> float:
-        """What the verifier wrote under `reward`, or the mean of what it wrote."""
-        self._written = await self._verify()
+        """What the verifier wrote under `reward`, or the mean of what it wrote.
+
+        Raises Failure(VERIFIER) where it gave no reward, be it that what the agent left could not be taken in; the
+        canary says whose doing that is (gym/episode.py).
+        """
+        try:
+            self._written = await self._verify()
+        except (OSError, ValueError, Destroyed) as error:
+            raise Failure(Cause.VERIFIER, f"{self._folder.name}: {getattr(error, 'detail', error)}") from error
         return self._written.get("reward", sum(self._written.values()) / len(self._written))
 
     @metric
@@ -117,46 +166,47 @@ class Harbor(Boxed):
         return float(len(getattr(self, "_written", {})))
 
     async def _verify(self) -> dict[str, float]:
-        """Run tests/test.sh where the task says. Raises Failure(VERIFIER) where it leaves no reward."""
+        """Run tests/test.sh where the task says; collectors before it, and each in a shell that the agent did not have.
+
+        Raises ValueError where it leaves no reward, OSError where a box does not give or take what it should.
+        """
         verifier = self._harbor.verifier
         for collect in verifier.collect:
-            await self.box.exec(collect.command, collect.timeout_sec)
+            await self._end_shell()
+            await self.box.exec(self._place.inside(collect.command), collect.timeout_sec)
         if not verifier.separate:
-            await self.box.exec("kill -9 $$", 5)  # what judges gets a shell of its own
+            await self._end_shell()
             return await self._judged_in(self.box)
-        image = await verifier_image(self._folder, self._harbor, self._image, self.config.build)
-        box = await self._fresh(image)
+        box = await self._fresh(self._judging)
         try:
-            await box.put(await self._artifacts())
+            crossed = await asyncio.to_thread(self._crossing, await self.box.diff())
+            await cross(box, crossed, self._ways)
             return await self._judged_in(box)
         finally:
             await box.destroy()
 
-    async def _artifacts(self) -> dict[str, Entry]:
-        """What crosses: the declared paths, and /logs/artifacts."""
-        changed = await self.box.diff()
-        pairs = [(one.source, one.destination or one.source) for one in self._harbor.artifacts]
-        pairs.append(("/logs/artifacts", "/logs/artifacts"))
-        out: dict[str, Entry] = {}
-        for source, destination in pairs:
-            for path, entry in changed.items():
-                if (
-                    entry is not None
-                    and entry.kind in ("file", "directory", "link")
-                    and (path == source or path.startswith(f"{source}/"))
-                ):
-                    out[destination + path.removeprefix(source)] = entry
-        return out
+    async def _end_shell(self) -> None:
+        """The next command gets a shell that does not know what the agent defined."""
+        await asyncio.sleep(TICK)
+        await self.box.exec(END, 5)
+
+    def _crossing(self, changes: Mapping[str, Entry | None]) -> dict[str, Entry]:
+        """What the agent was given and left as it was crosses with what it changed."""
+        given: dict[str, Entry] = {}
+        for source in self._ways:
+            given |= images.tree(self._place.image, source)
+        return crossing(left(given, changes), self._ways)
 
     async def _judged_in(self, box: Box) -> dict[str, float]:
-        verifier = self._harbor.verifier
-        await box.exec(f"rm -rf {TESTS} {LOGS}; mkdir -p {TESTS} {LOGS} /logs/artifacts", 10)
-        await box.put({f"{TESTS}/{path}": entry for path, entry in _files(self._folder / "tests")})
-        command = (
-            f"( cd {shlex.quote(self._workdir())}; {self._exports()} {_exports(verifier.env)} bash {TESTS}/test.sh ) "
-            f"> {LOGS}/test-stdout.txt 2>&1 < /dev/null"
-        )
-        done = await box.exec(command, verifier.timeout_sec)
+        own = self._judging.image != self._place.image
+        if own and images.tree(self._judging.image, f"{TESTS}/test.sh"):  # it brings its tests along
+            await emptied(box, LOGS)
+        else:
+            await emptied(box, LOGS, TESTS)
+            await box.put({f"{TESTS}/{path}": entry for path, entry in _files(self._folder / "tests")})
+        seconds = self._harbor.verifier.timeout_sec
+        command = self._judging.inside(f"bash {TESTS}/test.sh")
+        done = await box.exec(f"{command} > {LOGS}/test-stdout.txt 2>&1 < /dev/null", seconds)
         written = {}
         for name in ("reward.json", "reward.txt"):
             try:
@@ -166,8 +216,8 @@ class Harbor(Boxed):
         try:
             return rewards(written)
         except ValueError as error:
-            said = f"; it ran longer than {verifier.timeout_sec:g} s" if done.stopped else ""
-            raise Failure(Cause.VERIFIER, f"{self._folder.name}: {error}{said}") from None
+            late = f"; it ran longer than {seconds:g} s" if done.stopped else ""
+            raise ValueError(f"{error}{late}") from None
 
     def solution(self, task: Task) -> list[str | Message] | None:
         """solution/solve.sh, where there is one, with the files beside it."""
@@ -221,33 +271,43 @@ async def image_of(folder: Path, task: HarborTask, build: bool) -> str:
 
     Raises UsageError.
     """
-    stated = task.environment.docker_image
-    if stated and stated in images.names():
-        return stated
-    if not (folder / "environment" / "Dockerfile").exists():
-        raise UsageError(
-            f"{folder}: the image {stated} is not stored (palaestra sandbox image import), and there is no Dockerfile"
-        )
-    return await _built(folder / "environment", build)
+    return await _image(folder / "environment", task.environment, "environment", build)
 
 
 async def verifier_image(folder: Path, task: HarborTask, agents: str, build: bool) -> str:
-    """The image of a separate verifier: tests/Dockerfile, its own docker_image, or the agent's."""
-    if (folder / "tests" / "Dockerfile").exists():
-        return await _built(folder / "tests", build)
-    own = task.verifier.environment
-    return own.docker_image if own and own.docker_image else agents
+    """The image of a separate verifier: its own docker_image, or of tests/Dockerfile, or else the agent's, which a
+    shared one has, too. Raises UsageError."""
+    own, tests = task.verifier.environment, folder / "tests"
+    if not task.verifier.separate or not ((own and own.docker_image) or (tests / "Dockerfile").exists()):
+        return agents
+    wants = own or Surroundings(build_timeout_sec=task.environment.build_timeout_sec)
+    return await _image(tests, wants, "verifier.environment" if own else "environment", build)
 
 
-async def _built(folder: Path, build: bool) -> str:
+async def _image(folder: Path, wants: Surroundings, key: str, build: bool) -> str:
+    """The stored image that a table of task.toml names, or one that is built from the Dockerfile of its folder."""
+    stated = wants.docker_image
+    if stated and stated in images.names():
+        return stated
+    if not (folder / "Dockerfile").exists():
+        lack = f"the image {stated} is not stored (palaestra sandbox image import)" if stated else "it names no image"
+        raise UsageError(f"{folder.parent}: {lack} ({key}.docker_image), and there is no {folder.name}/Dockerfile")
     digest = hashlib.sha256(b"".join(str(p).encode() + e.content for p, e in _files(folder))).hexdigest()[:16]
     name = f"harbor/{digest}"
     async with _building.setdefault(name, asyncio.Lock()):
         if name not in images.names():
             if not build:
                 raise UsageError(f"{folder}: its image is not built, and config.build is false")
-            await dockerfile.build(folder, name)
+            await _built(folder, name, wants.build_timeout_sec, f"{key}.build_timeout_sec")
     return name
+
+
+async def _built(folder: Path, name: str, seconds: float, key: str) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await dockerfile.build(folder, name)
+    except TimeoutError:
+        raise UsageError(f"{folder}: its Dockerfile takes longer than {seconds:g} s ({key} in task.toml)") from None
 
 
 def _files(folder: Path) -> list[tuple[str, Entry]]:
@@ -271,8 +331,3 @@ def _packed(folder: Path) -> bytes:
     with tarfile.open(fileobj=out, mode="w:gz") as archive:
         archive.add(folder, ".")
     return out.getvalue()
-
-
-def _exports(env: Mapping[str, str]) -> str:
-    filled = variables(env, os.environ)
-    return "".join(f"export {name}={shlex.quote(value)}; " for name, value in filled.items())

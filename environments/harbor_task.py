@@ -9,7 +9,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,8 @@ from palaestra.gym.registry import UsageError
 
 MIB = 1 << 20
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", re.IGNORECASE)
+SHELL = 10.0
+"""Seconds for another shell to begin."""
 SCALE = {"": 1 / MIB, "K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
 
 
@@ -29,7 +31,8 @@ class Part(BaseModel):
 
 
 class Artifact(Part):
-    """What crosses from the agent's box to a separate verifier's."""
+    """What crosses from the agent's box to a separate verifier's. A relative destination is a place among Harbor's
+    results, and means nothing here."""
 
     source: str
     destination: str = ""
@@ -164,7 +167,22 @@ def cannot(folder: Path, task: HarborTask) -> str:
         return "it asks for MCP servers, which are not started here"
     if task.steps:
         return "it has several steps, which are not played here"
+    for key, user in (("agent.user", task.agent.user), ("verifier.user", task.verifier.user)):
+        if user not in (None, "", "root", 0, "0"):
+            return f"{key} is {user!r}; in boxes everything runs as root"
     return ""
+
+
+def timeouts(task: HarborTask) -> dict[str, float]:
+    """Seconds that setting a task up and judging it may take by its own words; each command may end its shell."""
+    check, verifier = task.environment.healthcheck, task.verifier
+    own = verifier.environment.build_timeout_sec if verifier.environment else 0
+    ready = check.start_period_sec + (check.retries + 1) * (check.timeout_sec + check.interval_sec) if check else 0
+    collected = sum(one.timeout_sec + SHELL for one in verifier.collect)
+    return {
+        "setup": task.environment.build_timeout_sec + own + ready,
+        "judge": collected + verifier.timeout_sec + SHELL,
+    }
 
 
 def rewards(read: Mapping[str, bytes]) -> dict[str, float]:
@@ -172,19 +190,36 @@ def rewards(read: Mapping[str, bytes]) -> dict[str, float]:
 
     `read`: the files' contents by name. Raises ValueError where there is none, or no finite number in it.
     """
-    if "reward.json" in read:
-        content = json.loads(read["reward.json"])
-        table = content if isinstance(content, dict) else {"reward": content}
-    elif "reward.txt" in read:
-        table = {"reward": float(read["reward.txt"].decode().strip())}
-    else:
-        raise ValueError("the verifier wrote neither reward.json nor reward.txt")
-    if not table:
-        raise ValueError("reward.json is empty")
-    for name, value in table.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"reward {name!r} is {value!r}, no finite number")
-    return {name: float(value) for name, value in table.items()}
+    for name, parse in (("reward.json", json.loads), ("reward.txt", float)):
+        if name in read:
+            return _rewards(name, read[name], parse)
+    raise ValueError("the verifier wrote neither reward.json nor reward.txt")
+
+
+def _rewards(file: str, content: bytes, parse: Callable[[str], Any]) -> dict[str, float]:
+    try:
+        found = parse(content.decode("utf-8-sig").strip())
+        table = found if isinstance(found, dict) else {"reward": found}
+        numbers = {name: _number(value) for name, value in table.items()}
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not UTF-8") from None
+    except RecursionError:
+        raise ValueError(f"{file} is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{file} holds no rewards: {error!s:.200}") from None
+    if strange := [name for name, number in numbers.items() if not math.isfinite(number)]:
+        raise ValueError(f"{file}: {strange[0]!r:.80} has no finite number")
+    if not numbers:
+        raise ValueError(f"{file} is empty")
+    return numbers
+
+
+def _number(value: Any) -> float:
+    """A number, nan for what is none, inf for one that is too large."""
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.inf
 
 
 def variables(env: Mapping[str, str], known: Mapping[str, str]) -> dict[str, str]:

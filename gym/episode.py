@@ -327,7 +327,7 @@ async def canary(environment: Environment, bounds: Bounds) -> bool:
     fresh.task = environment.task
     try:
         what = f"{type(fresh).__name__}.alive"
-        if not await guarded(what, Cause.ENVIRONMENT, bounds.tool, fresh.alive):
+        if not await guarded(what, Cause.ENVIRONMENT, bounds.judge, fresh.alive):
             return False
         gold = gold_of(fresh, environment.task)
         if gold is None:

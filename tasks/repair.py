@@ -49,11 +49,13 @@ FIXES: dict[str, tuple[str, str]] = {
     "wrap": ("    return lines", "    lines.append(text)\n    return lines"),
 }  # fmt: skip
 """What is wrong in each program of QuixBugs, and what is right."""
+PASSED_OVER = {("quixbugs", "knapsack"): 1, ("quixbugs", "levenshtein"): 1, ("exercism", "alphametics"): 1}
+"""How many tests of a task are skipped with the right solution, where any are: those that take minutes, an extra one."""
 
 
 @functools.lru_cache(maxsize=1)
 def quixbugs() -> Rows:
-    """QuixBugs' Python programs that have tests of plain data; `data`: files, tests, solution (files by path)."""
+    """QuixBugs' Python programs that have tests of plain data; `data`: files, tests, solution (files by path), skips."""
     return rows(
         [row for row in read_rows(DATA / "quixbugs_buggy.jsonl.gz") if row["json_tests"]],
         prompt=lambda row: f"A line of {row['name']}.py is wrong. Its description stands below the code. Repair it.",
@@ -62,6 +64,7 @@ def quixbugs() -> Rows:
             "files": lambda row: {f"{row['name']}.py": row["buggy"]},
             "tests": lambda row: {f"tests/test_{row['name']}.py": _tests(row)},
             "solution": lambda row: {f"{row['name']}.py": _fixed(row)},
+            "skips": lambda row: PASSED_OVER.get(("quixbugs", row["name"]), 0),
         },
         origin=Source(dataset="quixbugs", licence="MIT"),
     )
@@ -84,7 +87,7 @@ def _tests(row: Mapping[str, Any]) -> str:
 
 @functools.lru_cache(maxsize=1)
 def exercism() -> Rows:
-    """Exercism's Python exercises: a stub to fill; `data`: files, tests, solution (files by path)."""
+    """Exercism's Python exercises: a stub to fill; `data`: files, tests, solution (files by path), skips."""
     return rows(
         DATA / "exercism_python_90.jsonl.gz",
         prompt=lambda row: f"{row['instructions']}\n\nWrite your solution into {row['solution_files'][0]}.",
@@ -93,13 +96,14 @@ def exercism() -> Rows:
             "files": lambda row: {name: row["files"][name] for name in row["solution_files"]},
             "tests": lambda row: {name: row["files"][name] for name in row["test_files"]},
             "solution": lambda row: dict(zip(row["solution_files"], row["example"], strict=True)),
+            "skips": lambda row: PASSED_OVER.get(("exercism", row["slug"]), 0),
         },
         origin=Source(dataset="exercism", licence="MIT"),
     )
 
 
 def small(levels: tuple[int, ...]) -> Generated:
-    """Modules of one function, one part of which is wrong; `data` as the others'."""
+    """Modules of one function, one part of which is wrong; `data` as the others', no skips."""
     return Generated("small-repairs", _small, levels)
 
 

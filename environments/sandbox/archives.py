@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -44,7 +43,7 @@ def changes(content: bytes, lowers: Iterable[Path] = ()) -> dict[str, Entry | No
             found[f"/{member.name}"] = None if whiteout else first or entry(member, file.read() if file else b"")
             if OPAQUE in member.pax_headers:
                 for below in (lower / member.name for lower in lowers):
-                    hidden += [f"/{member.name}/{name}" for name in (os.listdir(below) if below.is_dir() else ())]
+                    hidden += [f"/{member.name}/{path.relative_to(below)}" for path in below.rglob("*")]
     return {**dict.fromkeys(hidden), **found}
 
 

@@ -141,7 +141,7 @@ class _Build:
         if line.word == "RUN":
             await self._run(box, line.rest)
         elif line.word in ("COPY", "ADD"):
-            await box.put(dict(self._copied(line.word, self._filled(line.rest))))
+            await _placed(box, dict(self._copied(line.word, self._filled(line.rest))))
         elif line.word == "ENV":
             self._set(line.rest)
         elif line.word == "ARG":
@@ -152,7 +152,7 @@ class _Build:
                 if line.rest.startswith(("/", "$"))
                 else f"{self._workdir.rstrip('/')}/{line.rest}"
             )
-            await box.put({self._workdir: Entry("directory", 0o755)})
+            await _placed(box, {self._workdir: Entry("directory", 0o755)})
         elif line.word == "SHELL":
             self._shell = json.loads(line.rest)
         elif line.word not in PASSED_OVER:
@@ -209,6 +209,15 @@ class _Build:
             if not path.resolve().is_relative_to(self._folder.resolve()):
                 raise UsageError(f"{source} lies outside the folder")
         return found
+
+
+async def _placed(box: Box, entries: dict[str, Entry]) -> None:
+    """Put entries; a folder where a link to one stands is that folder."""
+    folders = [path for path, entry in entries.items() if entry.kind == "directory"]
+    asked = "".join(f"[ -L {name} ] && [ -d {name} ] && echo {n}; " for n, name in enumerate(map(shlex.quote, folders)))
+    for number in (await box.exec(asked, 60)).output.split() if folders else ():
+        del entries[folders[int(number)]]
+    await box.put(entries)
 
 
 def _changes(options: list[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import subprocess
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import IO, Any, NamedTuple
 from urllib.parse import quote, unquote
 
 from palaestra.gym.registry import UsageError
+from palaestra.gym.sandbox import Entry
 from palaestra.gym.types import Record
 
 HOST = "host"
@@ -270,6 +272,27 @@ def inside(root: Path, name: str) -> Path:
         at = root if target.startswith("/") else at
         rest += target.split("/")[::-1]
     return at
+
+
+def tree(name: str, path: str) -> dict[str, Entry]:
+    """What stands at a path of a stored image and below it, by absolute path. Links above it are followed as in a box,
+    none below; to an ordinary user all is root's, as in a box. Raises OSError for what cannot be read."""
+    root = find(name).root
+    rest = [inside(root, os.path.dirname(path)) / os.path.basename(path)]
+    found: dict[str, Entry] = {}
+    while rest:
+        place = rest.pop()
+        if not os.path.lexists(place):
+            continue
+        status = place.lstat()
+        kind = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "link"}.get(stat.S_IFMT(status.st_mode))
+        content = place.read_bytes() if kind == "file" else os.fsencode(place.readlink()) if kind == "link" else b""
+        owners = (status.st_uid, status.st_gid) if os.geteuid() == 0 else (0, 0)
+        found[os.path.normpath(f"/{place.relative_to(root)}")] = Entry(
+            kind or "other", stat.S_IMODE(status.st_mode), content, *owners
+        )
+        rest += place.iterdir() if kind == "directory" else ()
+    return found
 
 
 def _clear(place: Path) -> None:

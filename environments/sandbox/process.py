@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from palaestra.environments.sandbox import processes
+from palaestra.environments.sandbox import processes, visitor
 from palaestra.environments.sandbox.images import HOST
 from palaestra.environments.sandbox.shell import SUPERVISOR, Ended, Pipes, Shell
 from palaestra.gym.outcome import Cause, Failure
@@ -66,11 +66,11 @@ class ProcessBox:
         """See Box.put. Owners are left as they are."""
         for path, entry in sorted(entries.items()):
             place = self._place(path)
-            place.parent.mkdir(parents=True, exist_ok=True)
+            visitor.folder(str(place.parent), followed=True)
             if entry.kind == "directory":
-                place.mkdir(exist_ok=True)
+                visitor.folder(str(place), followed=False)
             else:
-                place.unlink(missing_ok=True)
+                visitor.clear(str(place))
             if entry.kind == "link":
                 place.symlink_to(entry.content.decode())
                 continue

@@ -159,7 +159,7 @@ class Shell:
             with _Exchange(self, b"ready") as again:
                 again.send(f"\ngo {self._token}\n".encode())
                 await again.over(seconds)
-            if again.status is not None:
+            if again.status is not None and not again.ended:
                 self._strayed = False
                 return
             self.stop(0)  # a shell that still lives has taken the words for a command
@@ -302,6 +302,8 @@ class _Exchange:
 
     def _hear(self, word: bytes, number: bytes) -> None:
         """A line of statuses: the first that counts, counts."""
+        if self._word == b"ready" and self.status is not None:
+            self.ended = self.ended or word == b"ended"  # a shell that cannot be, its program removed, say
         if self.status is not None or not (number.isdigit() or not number) or len(number) > 3:
             return
         if word == self._word:

@@ -130,9 +130,9 @@ def put(stream: io.BufferedIOBase) -> None:
     with tarfile.open(fileobj=stream, mode="r|") as archive:
         for member in archive:
             path = "/" + member.name
-            _folder(os.path.dirname(path), True)
+            folder(os.path.dirname(path), True)
             if member.isdir():
-                _folder(path, False)
+                folder(path, False)
                 os.chown(path, member.uid, member.gid)
                 os.chmod(path, member.mode)
                 continue
@@ -154,11 +154,11 @@ def _moved(source: str, path: str) -> None:
         os.rename(source, path)
 
 
-def _folder(path: str, followed: bool) -> None:
+def folder(path: str, followed: bool) -> None:
     """Have a folder at a path; `followed`: a link to one will do."""
     if os.path.isdir(path) and (followed or not os.path.islink(path)):
         return
-    _folder(os.path.dirname(path), True)
+    folder(os.path.dirname(path), True)
     clear(path)
     os.mkdir(path)
 

@@ -11,6 +11,7 @@ import gzip
 import json
 import math
 import random
+import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from palaestra.environments.swe.repository import Repository, whole
 from palaestra.environments.swe.tests_run import Report, placed, run, site
 from palaestra.gym.environment import Progress
 from palaestra.gym.files import write_whole
+from palaestra.gym.registry import UsageError
 from palaestra.gym.sandbox import Box, BoxLimits
 
 AT_ONCE = 2
@@ -39,6 +41,9 @@ TESTS = 200
 """Test ids of one command line; where more cover an edit, their files are run."""
 SLOW = 4.0
 """How many times the clean run's time a run with a bug may take."""
+HELD = {*Package._fields, "stable", "skips", "tasks", "tried", "verdicts", "done"}
+OF_TASK = {"edits", "fail_to_pass", "level", "issue", "seed"}
+"""What a package's file holds, and each of its tasks."""
 
 
 async def build_all(backend: Backend, count: int, folder: Path, seed: int, say: Progress) -> str:
@@ -78,7 +83,8 @@ async def build(
     backend: Backend, package: Package, wanted: int, folder: Path, seed: int, say: Progress
 ) -> dict[str, Any]:
     """Make `wanted` tasks of a package, or as many as its edits give. Returns what the package's file holds."""
-    kept = _read(folder / f"{package.name}.json.gz")
+    path = folder / f"{package.name}.json.gz"
+    kept = read(path) if path.exists() else None
     if kept is not None and (kept["done"] or len(kept["tasks"]) >= wanted):
         return kept
     repo = whole(package.name)
@@ -87,6 +93,7 @@ async def build(
         content = kept or {
             **package._asdict(),
             "stable": workshop.stable,
+            "skips": workshop.skips,
             "tasks": [],
             "tried": 0,
             "verdicts": {},
@@ -103,22 +110,26 @@ async def build(
             if report is not None:
                 content["tasks"].append(_task(package, chosen, report, workshop, seed))
             content["verdicts"] = dict(verdicts)
-            _write(folder / f"{package.name}.json.gz", content)
+            _write(path, content)
             say(package.name, len(content["tasks"]), wanted)
         content["done"] = len(content["tasks"]) < wanted
-        _write(folder / f"{package.name}.json.gz", content)
+        _write(path, content)
         return content
     finally:
         await workshop.box.destroy()
 
 
 class Workshop:
-    """A box with a package and its tests, what the tests come to without a bug, and which functions each calls."""
+    """A box with a package and its tests, what the tests come to without a bug (`clean`, in so many seconds), and which
+    functions each calls (`covered`)."""
 
-    def __init__(self, box: Box, repo: Repository, stable: Iterable[str], covered: Report, seconds: float) -> None:
+    def __init__(
+        self, box: Box, repo: Repository, stable: Iterable[str], clean: Report, covered: Report, seconds: float
+    ) -> None:
         self.box = box
         self.repo = repo
         self.seconds = seconds
+        self.skips = max(clean.skips, covered.skips)
         self.stable = sorted(test for test in stable if covered.outcomes.get(test) == "passed")
         self.callers: dict[tuple[str, str], set[str]] = {}
         for test in self.stable:
@@ -137,7 +148,7 @@ class Workshop:
             clean = await run(box, repo, seconds=300)
             seconds = loop.time() - started
             passed = stable or set(clean.passed()) & await _patient(backend, repo)
-            return cls(box, repo, passed, await run(box, repo, seconds=900, cover=True), seconds)
+            return cls(box, repo, passed, clean, await run(box, repo, seconds=900, cover=True), seconds)
         except BaseException:
             await box.destroy()
             raise
@@ -229,11 +240,22 @@ def _task(
     }
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    content: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
+def read(path: Path) -> dict[str, Any]:
+    """What a package's file holds. Raises UsageError where it cannot be read, or lacks something."""
+    try:
+        content: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
+        lacking = HELD.difference(content) or {name for task in content["tasks"] for name in OF_TASK.difference(task)}
+        problem = f"it lacks {', '.join(sorted(lacking))}" if lacking else ""
+    except (OSError, EOFError, ValueError, TypeError, zlib.error) as error:
+        problem = str(error)
+    if problem:
+        raise UsageError(f"{path} cannot be used ({problem}); remove it, and make it anew: {making(path.parent)}")
     return content
+
+
+def making(folder: Path) -> str:
+    """The command that makes tasks in a folder."""
+    return f"palaestra tasks build swe --output {folder}"
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

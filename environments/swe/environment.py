@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import gzip
-import json
 import random
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from itertools import zip_longest
 from pathlib import Path
@@ -15,13 +13,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from palaestra.environments.boxed import NEEDS, Boxed, shown
+from palaestra.environments.boxed import GRACE, NEEDS, Boxed, shown
 from palaestra.environments.sandbox.backends import Backend, open_backend
-from palaestra.environments.swe.build import build_all
+from palaestra.environments.swe.build import LIMITS, build_all, making, read
 from palaestra.environments.swe.copies import Hiding, copies_in
 from palaestra.environments.swe.repository import repository, whole
 from palaestra.environments.swe.tests_run import REPO, placed
-from palaestra.environments.swe.verify import repair, repaired
+from palaestra.environments.swe.verify import expected, repair, repaired
 from palaestra.gym.environment import Progress, ToolError, metric, reward, tool
 from palaestra.gym.outcome import Cause, Failure
 from palaestra.gym.registry import UsageError, suggest
@@ -30,12 +28,13 @@ from palaestra.gym.tasksets import split_of
 from palaestra.gym.types import Message, Source, Task
 from palaestra.tasks.repair import exercism, quixbugs, small
 
-LIMITS = BoxLimits(memory=1 << 30, disk=512 << 20, processes=256)
 REAL = {"quixbugs": quixbugs, "exercism": exercism}
 COMMIT = (
     f"cd {REPO} && git init -q -b main && git config user.name dev && git config user.email dev@example.com && "
     "git add -A && git commit -q -m 'Import' --date '2020-01-01T00:00:00Z'"
 )
+SMALL_SECONDS = 60.0
+"""How long the tests of a repository that is no package may take, where `judging` does not say less."""
 ASKED = "The repository lies in /work/repo. Change its source, then call submit."
 
 
@@ -96,6 +95,14 @@ class Swe(Boxed):
             raise
         return Hiding(backend, copies) if copies else backend
 
+    def deadlines(self, task: Task) -> Mapping[str, float]:
+        """Judging takes as long as the tests may."""
+        return {**super().deadlines(task), "judge": self._judging(task) + GRACE}
+
+    def _judging(self, task: Task) -> float:
+        seconds: float = self.config.judging
+        return seconds if "package" in task.data else min(seconds, SMALL_SECONDS)
+
     async def setup(self, task: Task) -> list[Message]:
         """A fresh box with the repository in one commit, the tests left out."""
         self._repo = repository(task.data)
@@ -130,7 +137,10 @@ class Swe(Boxed):
             raise ToolError(
                 f"old stands {count} times in {path}; it must stand there exactly once" if old else "old is empty"
             )
-        await self.box.write(_place(path), text.replace(old, new))
+        try:
+            await self.box.write(_place(path), text.replace(old, new))
+        except (OSError, ValueError) as error:
+            raise ToolError(f"cannot write {path}: {error}") from None
         return f"{path} is changed"
 
     @tool(ends=True)
@@ -141,7 +151,7 @@ class Swe(Boxed):
     async def _read(self, path: str) -> str:
         try:
             return (await self.box.read(_place(path))).decode()
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ToolError(f"cannot read {path}: {error}") from None
 
     @reward
@@ -154,7 +164,7 @@ class Swe(Boxed):
         """How many source files were changed."""
         return float(self._changed)
 
-    async def _repair(self) -> Any:
+    async def _repair(self) -> dict[str, bytes | None]:
         after = await self.box.diff()
         gone = {path: None for path in self._baseline if path not in after}
         return repair(self._repo, {**gone, **{p: e for p, e in after.items() if self._baseline.get(p, 0) != e}})
@@ -164,19 +174,12 @@ class Swe(Boxed):
             made = await self._repair()
         except OSError as error:
             return str(error)
-        self._changed = len(made.taken)
-        if not made.taken:
+        self._changed = len(made)
+        if not made:
             return "no source file was changed"
         box = await self.another_box()
         try:
-            return await repaired(
-                box,
-                self._repo,
-                made,
-                task.data.get("fail_to_pass", ()),
-                task.data.get("stable", ()),
-                self.config.judging,
-            )
+            return await repaired(box, self._repo, made, expected(task.data), self._judging(task))
         finally:
             await box.destroy()
 
@@ -218,10 +221,14 @@ def _differing(old: str, new: str) -> list[tuple[str, str]]:
 
 
 class Built:
-    """The tasks in a folder of packages' files."""
+    """The tasks in a folder of packages' files. Raises UsageError where there are none, or one cannot be used."""
 
     def __init__(self, folder: Path, packages: Sequence[str] = (), levels: Sequence[int] = ()) -> None:
-        self._tasks = {task.key: task for path in sorted(folder.glob("*.json.gz")) for task in _tasks(path)}
+        paths = sorted(folder.glob("*.json.gz"))
+        if not paths:
+            lacks = "holds no *.json.gz" if folder.is_dir() else "is no folder"
+            raise UsageError(f"{folder} {lacks}; make tasks there: {making(folder)}")
+        self._tasks = {task.key: task for path in paths for task in _tasks(path)}
         known = {task.data["package"] for task in self._tasks.values()}
         for name in packages:
             if name not in known:
@@ -242,7 +249,7 @@ class Built:
 
 @functools.lru_cache(maxsize=64)
 def _tasks(path: Path) -> list[Task]:
-    content = json.loads(gzip.decompress(path.read_bytes()))
+    content = read(path)
     source = Source(dataset=f"{content['name']} {content['version']}", licence=content["licence"])
     return [_task(content, number, made, source) for number, made in enumerate(content["tasks"])]
 
@@ -250,7 +257,8 @@ def _tasks(path: Path) -> list[Task]:
 def _task(content: dict[str, Any], number: int, made: dict[str, Any], source: Source) -> Task:
     name = f"{content['name']}-{number}"
     stable = [test for test in content["stable"] if test not in set(made["fail_to_pass"])]
-    data = {"package": content["name"], "edits": made["edits"], "fail_to_pass": made["fail_to_pass"], "stable": stable}
+    kept = {name: made[name] for name in ("edits", "fail_to_pass")}
+    data = {"package": content["name"], **kept, "stable": stable, "skips": content["skips"]}
     prompt = f"{made['issue']}\n\n{ASKED}"
     return Task(key=name, prompt=prompt, data=data, split=split_of(name), difficulty=made["level"], source=source)
 

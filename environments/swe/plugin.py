@@ -12,7 +12,7 @@ REPORT, COVER = "PALAESTRA_REPORT", "PALAESTRA_COVER"
 
 
 class Reporter:
-    """Collects outcomes by node id; `cover`: the folder whose functions are recorded."""
+    """Collects outcomes by node id, and counts what is skipped; `cover`: the folder whose functions are recorded."""
 
     def __init__(self, path: str, cover: str) -> None:
         self.path = path
@@ -20,19 +20,30 @@ class Reporter:
         self.outcomes: dict[str, str] = {}
         self.failures: dict[str, str] = {}
         self.calls: dict[str, set[tuple[str, str]]] = {}
+        self.skips = 0
+        self.marked: set[str] = set()
+        """The tests that are marked xfail where they stand."""
+
+    def pytest_itemcollected(self, item: Any) -> None:
+        """A test that may fail."""
+        if item.get_closest_marker("xfail"):
+            self.marked.add(item.nodeid)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Set-up, call and tear-down of a test: the worst counts."""
+        """Set-up, call and tear-down of a test: the worst counts. An xfail passes where the test is marked so."""
+        self.skips += report.skipped
+        marked = hasattr(report, "wasxfail") and report.nodeid in self.marked
         if report.failed:
             self.outcomes[report.nodeid] = "failed"
             self.failures.setdefault(report.nodeid, str(report.longrepr)[-4000:])
-        elif report.skipped and not hasattr(report, "wasxfail"):
+        elif report.skipped and not marked:
             self.outcomes.setdefault(report.nodeid, "skipped")
         elif report.when == "call":
             self.outcomes.setdefault(report.nodeid, "passed")
 
     def pytest_collectreport(self, report: Any) -> None:
-        """A file that could not be imported."""
+        """A file that could not be imported, or skipped itself."""
+        self.skips += report.skipped
         if report.failed:
             self.outcomes[report.nodeid] = "failed"
             self.failures[report.nodeid] = str(report.longrepr)[-4000:]
@@ -57,7 +68,13 @@ class Reporter:
     def pytest_sessionfinish(self, session: Any, exitstatus: int) -> None:
         """Write everything, whole."""
         calls = {test: sorted(called) for test, called in self.calls.items()}
-        content = {"status": int(exitstatus), "outcomes": self.outcomes, "failures": self.failures, "calls": calls}
+        content = {
+            "status": int(exitstatus),
+            "outcomes": self.outcomes,
+            "failures": self.failures,
+            "calls": calls,
+            "skips": self.skips,
+        }
         with open(self.path + ".part", "w") as out:
             json.dump(content, out)
         os.replace(self.path + ".part", self.path)

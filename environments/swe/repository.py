@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -63,12 +62,8 @@ def _configures(path: str) -> bool:
 def repository(data: Mapping[str, Any]) -> Repository:
     """The repository of a task's `data`: a package with edits, or files of its own. Raises UsageError."""
     if "package" not in data:
-        coded = {
-            part: {p: base64.b64decode(t) if data.get("coded") else t.encode() for p, t in data[part].items()}
-            for part in ("files", "tests")
-        }
-        sources = tuple(path for path in coded["files"] if path.endswith(".py"))
-        return Repository(coded["files"], coded["tests"], ".", tuple(data["tests"]), sources)
+        given, tests = ({path: text.encode() for path, text in data[part].items()} for part in ("files", "tests"))
+        return Repository(given, tests, ".", tuple(tests), tuple(path for path in given if path.endswith(".py")))
     found = whole(data["package"])
     return found._replace(files={**found.files, **broken(found.files, data["edits"])})
 

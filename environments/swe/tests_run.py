@@ -32,13 +32,14 @@ METADATA = b"Metadata-Version: 2.1\nName: pytest\nVersion: 0\n"
 
 class Report(Record):
     """What came of a run. `outcomes`: passed, failed or skipped by node id; `failures`: the texts of failed ones;
-    `calls`: by test, the functions (file, qualified name) that it called. `status` is pytest's exit status, None where
-    it did not come to its end."""
+    `calls`: by test, the functions (file, qualified name) that it called; `skips`: how many tests, subtests and files
+    were skipped or failed as expected. `status` is pytest's exit status, None where it did not come to its end."""
 
     status: int | None = None
     outcomes: Mapping[str, str] = {}
     failures: Mapping[str, str] = {}
     calls: Mapping[str, list[tuple[str, str]]] = {}
+    skips: int = 0
 
     def passed(self) -> list[str]:
         """The tests that did."""
@@ -64,6 +65,11 @@ def site() -> dict[str, Entry]:
     found[f"{SITE}/pytest-0.dist-info/METADATA"] = Entry("file", 0o644, METADATA)
     found[f"{SITE}/palaestra_plugin.py"] = Entry("file", 0o644, Path(__file__).with_name("plugin.py").read_bytes())
     return found
+
+
+def runs() -> frozenset[str]:
+    """The names of the modules that run the tests. Raises as site does."""
+    return frozenset(PurePath(path).relative_to(SITE).parts[0].removesuffix(".py") for path in site())
 
 
 def _needed(path: PurePath) -> bool:
