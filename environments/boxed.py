@@ -14,6 +14,8 @@ from palaestra.gym.types import Task
 
 GRACE = 15.0
 """Seconds beyond a command's own: for the shell to be stopped, and another to begin."""
+VISITS = 180.0
+"""Seconds for what is collected from one box and put into another."""
 NEEDS = Capabilities(isolation=True, no_network=True)
 
 
@@ -45,8 +47,8 @@ class Boxed(Environment):
         await resources.close()
 
     def deadlines(self, task: Task) -> Mapping[str, float]:
-        """A tool may take as long as a command, and a judge too."""
-        return {"tool": self.config.seconds + GRACE, "judge": self.config.seconds + GRACE}
+        """A tool may take as long as a command; a judge too, and what it looks at has to leave the box."""
+        return {"tool": self.config.seconds + GRACE, "judge": self.config.seconds + GRACE + VISITS}
 
     @property
     def box(self) -> Box:

@@ -16,12 +16,12 @@ from typing import Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from palaestra.environments.boxed import GRACE, NEEDS, Boxed
-from palaestra.environments.harbor_artifacts import ALWAYS, VERIFIERS, cross, crossing, emptied, left, ways
+from palaestra.environments.boxed import GRACE, NEEDS, VISITS, Boxed
+from palaestra.environments.harbor_artifacts import ALWAYS, VERIFIERS, after, cross, crossing, emptied, ways
 from palaestra.environments.harbor_task import MIB, HarborTask, Surroundings, load, rewards, timeouts, variables
 from palaestra.environments.sandbox import dockerfile, images
 from palaestra.environments.sandbox.backends import Backend, open_backend
-from palaestra.gym.environment import Environment, metric, reward
+from palaestra.gym.environment import Environment, metric, reward, tool
 from palaestra.gym.outcome import Cause, Failure
 from palaestra.gym.registry import UsageError
 from palaestra.gym.sandbox import Box, BoxLimits, Destroyed, Entry
@@ -29,8 +29,6 @@ from palaestra.gym.tasksets import split_of
 from palaestra.gym.types import Message, Source, Task
 
 TESTS, LOGS = VERIFIERS
-END, TICK = "builtin kill -9 $$", 0.02
-"""What ends the box's shell; with it goes what began in the last hundredth of a second, so that long it is put off."""
 DISK = 2048
 """MiB of a box's disk at the most: it is memory."""
 
@@ -60,9 +58,13 @@ class Place(NamedTuple):
         filled = variables({**self.wants.env, **self.env}, os.environ)
         return "".join(f"export {name}={shlex.quote(value)}; " for name, value in filled.items())
 
+    def enter(self) -> str:
+        """Shell commands that go to its folder and set its variables."""
+        return f"cd {shlex.quote(self.workdir)}; {self.exports()}"
+
     def inside(self, command: str) -> str:
         """A command in its folder, with its variables."""
-        return f"( cd {shlex.quote(self.workdir)}; {self.exports()}{command}\n)"
+        return f"( {self.enter()}{command}\n)"
 
 
 class Harbor(Boxed):
@@ -89,13 +91,15 @@ class Harbor(Boxed):
 
     @classmethod
     async def open(cls, config: Any) -> Backend:
-        """The sandbox."""
+        """The sandbox. Raises UsageError for an image that is none of those stored."""
+        if config.image == images.HOST:
+            raise UsageError(f"config.image: Harbor tasks need a stored image, not {config.image!r}; leave it out")
         return open_backend(config.backend, NEEDS)
 
     def deadlines(self, task: Task) -> Mapping[str, float]:
         """What the task's own timeouts come to."""
-        seconds = timeouts(load(Path(task.data["folder"])))
-        return {**super().deadlines(task), **{phase: seconds[phase] + GRACE for phase in seconds}}
+        own = timeouts(load(Path(task.data["folder"])))
+        return {**super().deadlines(task), "setup": own["setup"] + GRACE, "judge": own["judge"] + GRACE + VISITS}
 
     async def setup(self, task: Task) -> None:
         """A box of the task's image. Raises UsageError for an image, the verifier's too, that is not to be had."""
@@ -109,18 +113,22 @@ class Harbor(Boxed):
         self._judging.exports()  # a variable that is not set is missed now, not after the agent's work
         self._ways = ways(self._harbor.artifacts, images.find(image).root, self._place.workdir)
         await super().setup(task)
-        await self.box.exec(f"mkdir -p /logs/agent {LOGS} {ALWAYS}; {self._place.exports()}", 10)
-        await self._begin(self.box)
-        await self.box.exec(f"cd {shlex.quote(self._place.workdir)}", 5)
+        await self.box.exec(f"mkdir -p /logs/agent {LOGS} {ALWAYS}", 10)
+        await self._begin(self.box, self._place)
 
-    async def _begin(self, box: Box) -> None:
+    @tool
+    async def bash(self, command: str) -> str:
+        """Run a command in the shell."""
+        return await super().bash(f'[ "$palaestra" ] || {{ palaestra=1; {self._place.enter()}}}\n{command}')
+
+    async def _begin(self, box: Box, place: Place) -> None:
         """The healthcheck, tried as often as the task says. Raises Failure(SANDBOX) where it never succeeds."""
-        check = self._harbor.environment.healthcheck
+        check = place.wants.healthcheck
         if check is None:
             return
         await asyncio.sleep(check.start_period_sec)
         for attempt in range(check.retries + 1):
-            done = await box.exec(f"( {check.command}\n)", check.timeout_sec)
+            done = await box.exec(place.inside(check.command), check.timeout_sec)
             if done.status == 0:
                 return
             if attempt < check.retries:
@@ -172,30 +180,30 @@ class Harbor(Boxed):
         """
         verifier = self._harbor.verifier
         for collect in verifier.collect:
-            await self._end_shell()
+            await self.box.renew()
             await self.box.exec(self._place.inside(collect.command), collect.timeout_sec)
         if not verifier.separate:
-            await self._end_shell()
+            await self.box.renew()
             return await self._judged_in(self.box)
         box = await self._fresh(self._judging)
         try:
-            crossed = await asyncio.to_thread(self._crossing, await self.box.diff())
-            await cross(box, crossed, self._ways)
+            if verifier.environment:
+                await self._begin(box, self._judging)
+            await cross(box, *await asyncio.to_thread(self._crossing, await self.box.diff()))
             return await self._judged_in(box)
         finally:
             await box.destroy()
 
-    async def _end_shell(self) -> None:
-        """The next command gets a shell that does not know what the agent defined."""
-        await asyncio.sleep(TICK)
-        await self.box.exec(END, 5)
-
-    def _crossing(self, changes: Mapping[str, Entry | None]) -> dict[str, Entry]:
-        """What the agent was given and left as it was crosses with what it changed."""
-        given: dict[str, Entry] = {}
-        for source in self._ways:
-            given |= images.tree(self._place.image, source)
-        return crossing(left(given, changes), self._ways)
+    def _crossing(self, changes: Mapping[str, Entry | None]) -> tuple[dict[str, Entry], list[str]]:
+        """What crosses, be it that the agent left it as it was given; and where something of what it was given stands
+        in its place."""
+        given = {source: images.tree(self._place.image, source) for source in self._ways}
+        entries = crossing(
+            after({path: one for tree in given.values() for path, one in tree.items()}, changes), self._ways
+        )
+        return entries, [
+            to for source, to in self._ways.items() if to not in VERIFIERS and (given[source] or to in entries)
+        ]
 
     async def _judged_in(self, box: Box) -> dict[str, float]:
         own = self._judging.image != self._place.image

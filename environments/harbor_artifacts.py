@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
@@ -16,6 +17,7 @@ ALWAYS = "/logs/artifacts"
 VERIFIERS = ("/tests", "/logs/verifier")
 """Nothing crosses into these."""
 KINDS = ("file", "directory", "link")
+REMOVE_SECONDS = 60.0
 HOPS = 40
 """Links that may follow one another."""
 Ways = Mapping[str, str]
@@ -36,7 +38,7 @@ def ways(artifacts: Iterable[Artifact], root: Path, workdir: str) -> Ways:
     return found
 
 
-def left(tree: Mapping[str, Entry], changes: Mapping[str, Entry | None]) -> dict[str, Entry]:
+def after(tree: Mapping[str, Entry], changes: Mapping[str, Entry | None]) -> dict[str, Entry]:
     """A tree after changes; what lay below a removed or replaced folder is gone too. However many there are, a policy
     may have made them, each is looked at once."""
     gone = {path for path, entry in changes.items() if entry is None or entry.kind != "directory"}
@@ -57,11 +59,11 @@ def crossing(found: Mapping[str, Entry], ways: Ways) -> dict[str, Entry]:
     return {path: entry for path, entry in placed.items() if entry.kind != "link" or links.end(path)}
 
 
-async def cross(box: Box, entries: Mapping[str, Entry], ways: Ways) -> None:
-    """Put what crosses into the verifier's box; where a way's folder stands there already, it gives way whole (as in
-    Harbor). Raises OSError."""
-    folders = [to for to in ways.values() if to in entries and entries[to].kind == "directory"]
-    await emptied(box, ALWAYS, *folders)
+async def cross(box: Box, entries: Mapping[str, Entry], stale: Iterable[str]) -> None:
+    """Put what crosses into the verifier's box; what stands at the `stale` paths goes whole, so that what the agent
+    removed is gone there, too. Raises OSError."""
+    await box.exec(f"rm -rf -- {shlex.join(stale)}", REMOVE_SECONDS)  # a box in which nobody has worked
+    await emptied(box, ALWAYS)
     await box.put(entries)
 
 

@@ -43,6 +43,7 @@ BEGIN = """# Runs once, before the agent: what the task begins with besides its 
 cd /work || exit 1
 {setup}
 touch /run/task-ready
+rm -r /opt/task
 """
 TEST = """#!/bin/bash
 cd /

@@ -155,34 +155,44 @@ def load(folder: Path) -> HarborTask:
 
 def cannot(folder: Path, task: HarborTask) -> str:
     """Why a task cannot be run here; empty where it can."""
-    if task.environment.gpus:
-        return "it asks for a GPU; boxes have none"
-    if task.environment.os != "linux":
-        return f"it asks for {task.environment.os}; boxes are Linux"
-    if task.environment.network_mode == "allowlist":
-        return "it asks for a network with a list of allowed hosts; boxes have no network"
     if (folder / "environment" / "docker-compose.yaml").exists():
         return "it is made of several containers (docker-compose.yaml); only single ones are run"
-    if task.environment.mcp_servers:
-        return "it asks for MCP servers, which are not started here"
     if task.steps:
         return "it has several steps, which are not played here"
     for key, user in (("agent.user", task.agent.user), ("verifier.user", task.verifier.user)):
         if user not in (None, "", "root", 0, "0"):
             return f"{key} is {user!r}; in boxes everything runs as root"
-    return ""
+    if reason := _lacking(task.environment):
+        return f"[environment] {reason}"
+    own = task.verifier.environment
+    return f"[verifier.environment] {_lacking(own)}" if own and _lacking(own) else ""
+
+
+def _lacking(wants: Surroundings) -> str:
+    if wants.gpus:
+        return "asks for a GPU; boxes have none"
+    if wants.os != "linux":
+        return f"asks for {wants.os}; boxes are Linux"
+    if wants.network_mode == "allowlist":
+        return "asks for a network with a list of allowed hosts; boxes have no network"
+    return "asks for MCP servers, which are not started here" if wants.mcp_servers else ""
 
 
 def timeouts(task: HarborTask) -> dict[str, float]:
     """Seconds that setting a task up and judging it may take by its own words; each command may end its shell."""
-    check, verifier = task.environment.healthcheck, task.verifier
-    own = verifier.environment.build_timeout_sec if verifier.environment else 0
-    ready = check.start_period_sec + (check.retries + 1) * (check.timeout_sec + check.interval_sec) if check else 0
+    verifier = task.verifier
+    own = verifier.environment or task.environment
+    built = own.build_timeout_sec if verifier.separate else 0
     collected = sum(one.timeout_sec + SHELL for one in verifier.collect)
     return {
-        "setup": task.environment.build_timeout_sec + own + ready,
-        "judge": collected + verifier.timeout_sec + SHELL,
+        "setup": task.environment.build_timeout_sec + built + _ready(task.environment),
+        "judge": collected + (_ready(own) if verifier.separate else 0) + verifier.timeout_sec + SHELL,
     }
+
+
+def _ready(wants: Surroundings) -> float:
+    check = wants.healthcheck
+    return check.start_period_sec + (check.retries + 1) * (check.timeout_sec + check.interval_sec) if check else 0
 
 
 def rewards(read: Mapping[str, bytes]) -> dict[str, float]:

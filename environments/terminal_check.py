@@ -35,6 +35,8 @@ LOGS = Path("/logs/verifier")
 WATCHED = ("/etc", "/home", "/root", "/srv", "/usr/local", "/opt")
 ENGINES = ("/etc/hosts", "/etc/resolv.conf", "/etc/hostname", "/etc/mtab")
 """What container engines write themselves."""
+OURS = "/opt/task"
+"""What the task begins from; it is gone when the agent comes."""
 SETTLE, SECONDS, ALL_SECONDS = 1.0, 30, 100
 LARGE = 64 << 20
 """Bytes of a file that counts as none."""
@@ -86,7 +88,7 @@ def rest() -> dict[str, str]:
     found = {}
     for top in WATCHED:
         for path, it in walk(Path(top)).items():
-            if not path.startswith("/root/.") and path not in ENGINES:
+            if not path.startswith("/root/.") and path not in ENGINES and not f"{path}/".startswith(f"{OURS}/"):
                 found[path] = f"{it.kind} {it.mode:o} {hashlib.sha256(it.content).hexdigest()}"
     return found
 
@@ -182,19 +184,17 @@ CHECKS = {"process": process, "pidfile": pidfile, "answer": answer, "fresh": fre
 
 
 def judge(task: dict[str, Any]) -> None:
-    """Write the verdict: 0 until all is found right, whatever the state does to those who look at it; none where only
-    the manifest cannot be read. Then raises OSError, ValueError."""
+    """Write the verdict: 0 until all is found right, whatever the state does to those who look at it."""
     LOGS.mkdir(parents=True, exist_ok=True)
     verdict = LOGS / "reward.txt"
     verdict.write_text("0\n")
     signal.alarm(ALL_SECONDS)
     try:
-        said, around = asyncio.run(problems(task)), rest()
+        said = asyncio.run(problems(task))
+        if rest() != json.loads(MANIFEST.read_text()):
+            said.append("something outside /work has changed")
     except Exception as error:
-        said, around = [f"{type(error).__name__}: {error}"], {}
-    if not said:
-        verdict.unlink()
-        said = [] if around == json.loads(MANIFEST.read_text()) else ["something outside /work has changed"]
+        said = [f"{type(error).__name__}: {error}"]
     verdict.write_text(f"{int(not said)}\n")
     print(*map(ascii, said), sep="\n")
 

@@ -15,6 +15,7 @@ import lzma
 import re
 import resource
 import shlex
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -34,10 +35,10 @@ Git = Callable[[str], Awaitable[str]]
 WORK = "/work"
 LARGEST, MEMBERS, STEPS, ROWS, HEAP = 1 << 20, 1000, 10_000_000, 100_000, 64 << 20
 """Bytes and members of an archive that is opened, and what a database may cost: its makers may mean harm."""
-OPEN_SECONDS = 20
-"""How long a database or an archive may take to be opened, in all and of a processor."""
+OPEN_SECONDS, WAIT_SECONDS = 20, 90
+"""How long a processor may take to open a database or an archive; after so long the machine is at fault."""
 OPEN_LIMITS = {
-    resource.RLIMIT_AS: 512 << 20, resource.RLIMIT_CPU: OPEN_SECONDS, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0,
+    resource.RLIMIT_AS: 512 << 20, resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0,
 }  # fmt: skip
 OPAQUE = ("sqlite", "archive")
 PLAIN = re.compile("table: CREATE TABLE |index: CREATE (UNIQUE )?INDEX |index: $")
@@ -76,13 +77,6 @@ def _archive(parts: Mapping[str, Any]) -> bytes:
             member.size = len(text.encode())
             archive.addfile(member, io.BytesIO(text.encode()))
     return out.getvalue()
-
-
-def applied(tree: Mapping[str, Entry], changes: Mapping[str, Entry | None]) -> dict[str, Entry]:
-    """A tree after changes; what lay below a removed or replaced folder is gone too."""
-    gone = [path for path, entry in changes.items() if entry is None or entry.kind != "directory"]
-    kept = {path: entry for path, entry in tree.items() if not any(path.startswith(f"{above}/") for above in gone)}
-    return {path: entry for path, entry in {**kept, **changes}.items() if entry is not None}
 
 
 def differences(wanted: Tree, found: Mapping[str, Entry]) -> list[str]:
@@ -136,15 +130,22 @@ def _plain(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def opened(kind: str, form: str, content: bytes) -> dict[str, Any]:
-    """What a database, or an archive of a form, holds, read by a process of its own. Raises ValueError where that does
-    not come to its end within OPEN_SECONDS."""
+    """What a database, or an archive of a form, holds, read by a process of its own.
+
+    Raises ValueError where that does not come to its end within OPEN_SECONDS of a processor, and RuntimeError where it
+    had none for WAIT_SECONDS, or was killed: that is not what was to be opened.
+    """
     if len(content) > LARGEST:
         raise ValueError(f"{len(content)} bytes; at most {LARGEST} are read")
     command = [sys.executable, "-I", "-S", str(Path(__file__).resolve()), kind, form]
     try:
-        done = subprocess.run(command, input=content, capture_output=True, timeout=OPEN_SECONDS, env={}, cwd="/")
+        done = subprocess.run(command, input=content, capture_output=True, timeout=WAIT_SECONDS, env={}, cwd="/")
     except subprocess.TimeoutExpired:
-        raise ValueError(f"it takes longer than {OPEN_SECONDS} s to open") from None
+        raise RuntimeError(f"opening a {kind} had no {OPEN_SECONDS} s of a processor in {WAIT_SECONDS} s") from None
+    if done.returncode == -signal.SIGXCPU:
+        raise ValueError(f"it takes longer than {OPEN_SECONDS} s to open")
+    if done.returncode == -signal.SIGKILL:
+        raise RuntimeError(f"opening a {kind} was killed")
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         raise ValueError(said[:200] or f"opening it ended with status {done.returncode}")
@@ -156,6 +157,7 @@ def main(kind: str, form: str) -> None:
     """Be the process that `opened` begins. A blob becomes an object: no text equals it."""
     for limit, most in OPEN_LIMITS.items():
         resource.setrlimit(limit, (most, most))
+    resource.setrlimit(resource.RLIMIT_CPU, (OPEN_SECONDS, WAIT_SECONDS))
     content = sys.stdin.buffer.read()
     found = tables(content) if kind == "sqlite" else members(form, content)
     json.dump(found, sys.stdout, default=lambda blob: {"blob": blob.hex()})

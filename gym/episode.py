@@ -46,6 +46,13 @@ class Bounds(Record):
         own = {name: value for name, value in task.limits.model_dump().items() if value is not None}
         return self.limits.model_copy(update=own)
 
+    def longest(self, task: Task, judges: int) -> float:
+        """Seconds after which an episode of a task is over whatever happens: each of its judges may be asked twice, and
+        the canary does all of it once more. Infinite without a limit on its time."""
+        seconds = self.of(task).seconds
+        once = self.setup + (math.inf if seconds is None else seconds) + 2 * judges * self.judge + self.close
+        return 2 * once + self.setup + self.judge
+
     def at_least(self, seconds: Mapping[str, float]) -> Bounds:
         """The same, where a phase of the table may not be cut shorter. Raises ValueError for what is no phase."""
         strange = sorted(seconds.keys() - set(PHASES))
@@ -327,7 +334,7 @@ async def canary(environment: Environment, bounds: Bounds) -> bool:
     fresh.task = environment.task
     try:
         what = f"{type(fresh).__name__}.alive"
-        if not await guarded(what, Cause.ENVIRONMENT, bounds.judge, fresh.alive):
+        if not await guarded(what, Cause.ENVIRONMENT, bounds.setup + bounds.judge, fresh.alive):
             return False
         gold = gold_of(fresh, environment.task)
         if gold is None:

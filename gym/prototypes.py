@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import Any
 
 from palaestra.gym.environment import Environment
-from palaestra.gym.registry import EnvironmentSpec
+from palaestra.gym.registry import EnvironmentSpec, UsageError
+
+OPEN_SECONDS = 1800.0
+"""How long an environment's resources may take to open (an index, an image)."""
 
 
 class Prototypes:
@@ -25,10 +29,19 @@ class Prototypes:
             if alias not in self._opened:
                 spec = self._specs[alias]
                 kind, config = spec.environment(), spec.settings()
-                prototype = kind(config, await kind.open(config))
+                prototype = kind(config, await self._resources(alias, kind, config))
                 prototype.provenance = {"environment_sha256": spec.sha256}
                 self._opened[alias] = prototype
             return self._opened[alias]
+
+    async def _resources(self, alias: str, kind: type[Environment], config: Any) -> Any:
+        try:
+            async with asyncio.timeout(OPEN_SECONDS) as clock:
+                return await kind.open(config)
+        except TimeoutError:
+            if not clock.expired():
+                raise
+            raise UsageError(f"environment {alias}: open() did not finish within {OPEN_SECONDS:g} s") from None
 
     async def close(self) -> None:
         """Shut what was opened; the next `of` opens anew."""

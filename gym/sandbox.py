@@ -81,6 +81,11 @@ class Box(Protocol):
         """Run a shell command in the box's persistent shell, for `timeout` seconds at most."""
         ...
 
+    async def renew(self) -> None:
+        """End the shell from outside: the next command has one that knows nothing of earlier ones. What they left
+        running goes on."""
+        ...
+
     async def read(self, path: str) -> bytes:
         """A regular file's content. Raises OSError for anything else, and for a file of more than READ bytes."""
         ...

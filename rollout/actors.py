@@ -16,10 +16,11 @@ import safetensors.torch
 from ray.exceptions import RayActorError
 
 from palaestra.gym.agent import MAIN
+from palaestra.gym.environment import judges
 from palaestra.gym.episode import Bounds
 from palaestra.gym.outcome import Cause, Failure
 from palaestra.gym.registry import EnvironmentSpec, UsageError
-from palaestra.gym.types import Episode, Generation, Sampling
+from palaestra.gym.types import Episode, Generation, Sampling, Task
 from palaestra.rollout.engine import Engine
 from palaestra.rollout.policy import TokenPolicy
 from palaestra.rollout.pool import PoolError
@@ -28,7 +29,7 @@ from palaestra.rollout.worker import Work, Worker
 RESTART_SECONDS = 120.0
 REQUEST_SECONDS = 600.0
 EPISODE_SECONDS = 6 * 3600.0
-"""Whatever an episode's own deadlines are: an actor that hangs is given up; one that died says so at once."""
+"""How long an actor that plays an episode without a limit on its time may be silent; one that died says so at once."""
 DELIVERIES = 3
 """How often weights are handed to a policy actor that dies while it takes them."""
 
@@ -144,6 +145,7 @@ class Cluster:
         kind = _remote(EnvironmentActor, cpus[1])
         self._renderer = ray.put(renderer)  # held here: an actor is started again with what its first start was given
         self.environments = [kind.remote(dict(specs), self.policy, self._renderer, bounds) for _ in range(actors)]
+        self._specs, self._bounds = specs, bounds
         self._turn = 0
         self._delivering = asyncio.Lock()
         self._latest: tuple[Any, int] | None = None
@@ -157,7 +159,7 @@ class Cluster:
         actor = self.environments[self._turn % len(self.environments)]
         what = f"the environment actor that played {work.task.environment}"
         try:
-            answer = await _answer(actor.play.remote(work), EPISODE_SECONDS, Cause.ENVIRONMENT, what)
+            answer = await _answer(actor.play.remote(work), self._seconds(work.task), Cause.ENVIRONMENT, what)
         except Failure as failure:
             if isinstance(failure.__cause__, RayActorError):
                 await _until_ready(actor, what)
@@ -166,6 +168,13 @@ class Cluster:
         if answer.outcome.cause is Cause.MODEL_SERVER:
             await self._restore()
         return answer
+
+    def _seconds(self, task: Task) -> float:
+        """After so long an actor that plays the task hangs: its own deadlines have passed."""
+        spec = self._specs[task.environment]
+        kind = spec.environment()
+        bounds = self._bounds.at_least(kind(spec.settings()).deadlines(task))
+        return min(bounds.longest(task, len(judges(kind))) + REQUEST_SECONDS, EPISODE_SECONDS)
 
     async def deliver(self, weights: Mapping[str, Any], version: int) -> None:
         """Hand weights to the policy actor; one that is being started again is waited for."""

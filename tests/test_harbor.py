@@ -9,7 +9,7 @@ import pytest
 
 from palaestra.environments import harbor_task
 from palaestra.environments.harbor import Harbor, environment_class, image_of, verifier_image
-from palaestra.environments.harbor_artifacts import crossing, left, ways
+from palaestra.environments.harbor_artifacts import after, crossing, ways
 from palaestra.environments.harbor_export import export
 from palaestra.environments.sandbox import dockerfile, images, native
 from palaestra.environments.sandbox.backends import lacks_native
@@ -65,7 +65,8 @@ def test_old_and_new_schemas_say_the_same(tmp_path):
         ("[environment\n", "is not TOML"),
         ('[environment]\nmemory = "lots"\n', "'lots' is no size"),
         ('[agent]\ntimeout_sec = "soon"\n', "agent.timeout_sec"),
-        ("[environment]\ngpus = 1\n", "GPU"),
+        ("[environment]\ngpus = 1\n", "environment. asks for a GPU"),
+        ("[verifier.environment]\ngpus = 1\n", "verifier.environment. asks for a GPU"),
         ('[environment]\nos = "windows"\n', "windows"),
         ('[environment]\nnetwork_mode = "allowlist"\n', "allowed hosts"),
         ('[[steps]]\nname = "one"\n', "several steps"),
@@ -188,8 +189,19 @@ async def test_a_reward_that_the_agent_wrote_counts_for_nothing(play, tmp_path, 
 
 
 @based
-async def test_a_shared_verifier_runs_in_a_shell_that_the_agent_did_not_prepare(play, tmp_path):
-    spoiled = "bash() { echo 1 > /logs/verifier/reward.txt; }; cd() { :; }; set -e; trap 'echo 1 > /logs/verifier/reward.txt' EXIT; export GREETING=spoiled"
+@pytest.mark.hack
+@pytest.mark.parametrize(
+    "way",
+    [
+        "cd() { :; }; set -e; trap 'echo 1 > /logs/verifier/reward.txt' EXIT; export GREETING=spoiled",
+        "builtin() { :; }; eval() { echo 1 > /logs/verifier/reward.txt; }",
+        "shopt -s expand_aliases; alias builtin=: bash='echo 1 > /logs/verifier/reward.txt #'",
+        "shopt -s extdebug; trap 'case $BASH_COMMAND in *kill*) false;; esac' DEBUG",
+        "exec -a other bash --noprofile --norc -s",
+    ],
+)
+async def test_a_shared_verifier_runs_in_a_shell_that_the_agent_did_not_prepare(play, tmp_path, way):
+    spoiled = f"bash() {{ echo 1 > /logs/verifier/reward.txt; }}; {way}"
     path = folder(
         tmp_path / "t",
         'version = "1.0"\n[environment.env]\nGREETING = "hello"\n',
@@ -199,8 +211,40 @@ async def test_a_shared_verifier_runs_in_a_shell_that_the_agent_did_not_prepare(
 
 
 @based
+async def test_a_shell_that_was_begun_anew_has_the_tasks_variables_and_folder(play, tmp_path):
+    toml = '[environment.env]\nX = "set"\n[environment.healthcheck]\ncommand = "[ $X = set ] && { mkdir /app/x || sleep 60; }"\n'
+    toml += "timeout_sec = 0.5\ninterval_sec = 0\nretries = 2\n"
+    path = folder(tmp_path / "t", toml.replace("mkdir", "! mkdir"))
+    assert (
+        await play(
+            path,
+            "kill -9 $$",
+            '[ "$X" = set ] && echo hello > hello.txt; export X=changed',
+            "[ $X = changed ] || rm hello.txt",
+        )
+    ).result.value == 1
+
+
+@based
+async def test_what_the_agent_removed_is_gone_for_the_verifier(play, tmp_path):
+    toml = f'artifacts = ["/app/cache", "/app/file"]\n{SEPARATE}'
+    test = "[ -e /app/cache ] || [ -e /app/file ] && n=0 || n=1; echo $n > /logs/verifier/reward.txt"
+    begins = "FROM debian:12\nRUN mkdir -p /app/cache; touch /app/cache/old /app/file\nWORKDIR /app\n"
+    path = folder(tmp_path / "t", toml, test, begins)
+    assert (await play(path, "rm -r cache file")).result.value == 1
+    assert (await play(path, "rm -r cache")).result.value == 0
+
+
+@based
+async def test_a_verifiers_own_healthcheck_is_run(play, tmp_path):
+    toml = '[verifier.environment]\n[verifier.environment.healthcheck]\ncommand = "echo ready > /tmp/ready"\n'
+    path = folder(tmp_path / "t", toml, "[ -e /tmp/ready ] && n=1 || n=0; echo $n > /logs/verifier/reward.txt")
+    assert (await play(path, "true")).result.value == 1
+
+
+@based
 async def test_collectors_and_judges_get_shells_of_their_own(play, tmp_path):
-    spoiled = "kill() { :; }; date() { echo forged; }; cat() { echo forged; }; cd /; trap 'echo forged' EXIT"
+    spoiled = "builtin() { :; }; kill() { :; }; date() { echo forged; }; cat() { echo forged; }; cd /; trap 'echo forged' EXIT"
     collect = (
         '[[verifier.collect]]\ncommand = "{ pwd; echo $X; date +%s; } > /app/collected; cd /; cat() { echo 1; }"\n'
     )
@@ -265,7 +309,7 @@ def test_links_that_depend_on_one_another_are_judged_in_no_time():
     many = {f"/a/l{n}": link(f"l{n - 1}/../f") for n in range(20_000)}
     assert crossing({"/a/f": FILE, **many}, {"/a": "/a"}).keys() == {"/a/f"}
     tree, edits = ({f"/a/{name}{n}/f": FILE for n in range(20_000)} for name in "xy")
-    assert left({**tree, **edits}, {**dict.fromkeys(tree), **edits}) == edits
+    assert after({**tree, **edits}, {**dict.fromkeys(tree), **edits}) == edits
 
 
 def test_what_is_changed_goes_over_what_was_given():
@@ -273,12 +317,12 @@ def test_what_is_changed_goes_over_what_was_given():
         path: FOLDER if path in ("/a", "/a/d") else FILE for path in ("/a", "/a/x", "/a/y", "/a/d", "/a/d/z", "/a/dz")
     }
     changes = {"/a": Entry("directory", 0o700), "/a/x": None, "/a/new": FILE}
-    assert left(tree, changes) == {
+    assert after(tree, changes) == {
         "/a": Entry("directory", 0o700), "/a/y": FILE, "/a/d": FOLDER, "/a/d/z": FILE, "/a/dz": FILE, "/a/new": FILE,
     }  # fmt: skip
     for gone in (None, FILE, link("x"), Entry("other", 0)):
-        assert "/a/d/z" not in left(tree, {"/a/d": gone})
-        assert "/a/dz" in left(tree, {"/a/d": gone})
+        assert "/a/d/z" not in after(tree, {"/a/d": gone})
+        assert "/a/dz" in after(tree, {"/a/d": gone})
 
 
 def test_artifacts_keep_their_places_and_links_of_the_image_lead_to_them(tmp_path):
@@ -508,8 +552,10 @@ def test_an_episode_has_the_time_that_its_task_asks_for(tmp_path):
     (task,) = environment.task_set(None)
     needed = environment().deadlines(task)
     assert needed["tool"] > 60
-    assert 2000 < needed["judge"] < 2100
+    assert 2000 < needed["judge"] < 2300
     assert 970 <= needed["setup"] < 1000
+    separate = environment_class(str(folder(tmp_path / "s", f"{toml}[verifier.environment]\nbuild_timeout_sec = 50\n")))
+    assert 1020 <= separate().deadlines(next(iter(separate.task_set(None))))["setup"] < 1050
 
 
 # -- exported tasks

@@ -68,6 +68,17 @@ async def test_boxes_start_where_more_files_are_open_than_select_knows(backend):
             os.close(descriptor)
 
 
+async def test_a_renewed_shell_knows_nothing_and_what_runs_goes_on(box):
+    await box.exec("X=1; cd /; builtin() { :; }; exec 2>&1; sleep 300 & mkdir -p /tmp/x", 5)
+    await box.renew()
+    done = await box.exec('echo "X$X"; type builtin; [ $PWD = / ] || echo elsewhere', 5)
+    assert b"function" not in done.output
+    assert (done.output[:2], done.output[-10:]) == (b"X\n", b"elsewhere\n")
+    assert sum("300" in process.arguments for process in await box.processes()) == 1
+    await asyncio.gather(box.renew(), box.renew())
+    assert (await box.exec("echo again", 5)).output == b"again\n"
+
+
 async def test_what_is_put_comes_back(box):
     entries = {
         "/work/deep/er/file": Entry("file", 0o640, b"\0\xff\n"),
@@ -395,6 +406,7 @@ async def test_a_box_of_an_image_writes_beside_it(store, tmp_path):
     (root / "opt" / "kept" / "deep").mkdir(parents=True)
     for name in ("opt/kept/deep/file", "opt/kept/other"):
         (root / name).write_text("old")
+    (root / "way").symlink_to("/usr")
     images.import_image(root, "tiny")
     backend = open_backend("native")
     box = await backend.create("tiny", SMALL)
@@ -408,6 +420,8 @@ async def test_a_box_of_an_image_writes_beside_it(store, tmp_path):
         assert below.pop("/opt/kept/deep/more").content == b"new\n"
         assert below.pop("/opt/kept/deep").kind == "directory"
         assert below == {"/opt/kept/deep/file": None, "/opt/kept/other": None}
+        await box.exec("rm /way; mkdir /way; echo new > /way/new", 5)
+        assert [path for path in await box.diff() if path.startswith("/way/")] == ["/way/new"]
     finally:
         await box.destroy()
         await backend.close()

@@ -507,6 +507,13 @@ async def test_a_repair_of_one_module_may_bring_another_and_no_endless_loop(back
 
 @boxed
 @pytest.mark.slow
+@pytest.mark.hack
+async def test_a_repair_that_does_not_fit_into_a_fresh_box_earns_nothing(backend):
+    assert await earned_alone(backend, "i=0; while : > m$i.py; do i=$((i+1)); done 2> /dev/null; rm m1*.py") == 0
+
+
+@boxed
+@pytest.mark.slow
 async def test_gold_repairs_and_nothing_does_not(backend, shelf):
     gold = gold_of(Swe(Swe.Config(folder=str(shelf)), backend), next(iter(Built(shelf))))
     assert await earned(backend, shelf, Replay(gold)) == 1

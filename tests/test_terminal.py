@@ -24,7 +24,7 @@ from palaestra.environments.harbor_export import export
 from palaestra.environments.sandbox import images, visitor
 from palaestra.environments.sandbox.backends import lacks_native
 from palaestra.environments.terminal import Terminal
-from palaestra.environments.terminal_state import applied, differences, members, opened, tables
+from palaestra.environments.terminal_state import differences, members, opened, tables
 from palaestra.gym.agent import Loop
 from palaestra.gym.episode import run_episode
 from palaestra.gym.outcome import Cause
@@ -138,12 +138,6 @@ async def test_a_box_that_the_machine_lost_is_not_scored(backend):
     episode = await run_episode(environment, Loop(), {"main": Killer()}, task, Sampling(), "id")
     assert episode.outcome.cause is Cause.SANDBOX
     assert not hasattr(episode.result, "value")
-
-
-def test_a_removed_folder_takes_along_what_it_held():
-    one = Entry("file", 0o644)
-    tree = {"/work/a": Entry("directory", 0o755), "/work/a/b": one, "/work/ab": one}
-    assert sorted(applied(tree, {"/work/a": None, "/work/c": one})) == ["/work/ab", "/work/c"]
 
 
 @pytest.mark.parametrize("content", [b"", b"no database", b"SQLite format 3\0" + b"x" * 200])
@@ -607,9 +601,9 @@ async def test_a_python_that_lies_earns_nothing_from_the_verifier_of_an_exported
     assert await judged(task, f"{writes}; chmod +x /usr/local/bin/python3") == "0"
 
 
-async def test_a_verifier_without_its_manifest_says_nothing(judged):
+async def test_a_box_without_its_manifest_earns_nothing(judged):
     task, change, commit = commit_task()
-    assert await judged(task, change, commit, "rm /var/lib/task-manifest.json") is None
+    assert await judged(task, change, commit, "rm /var/lib/task-manifest.json") == "0"
 
 
 async def test_what_container_engines_write_is_no_change_of_the_agent(judged):

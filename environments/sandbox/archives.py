@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from palaestra.gym.sandbox import Entry
@@ -42,9 +42,18 @@ def changes(content: bytes, lowers: Iterable[Path] = ()) -> dict[str, Entry | No
             file = archive.extractfile(member) if member.isreg() else None
             found[f"/{member.name}"] = None if whiteout else first or entry(member, file.read() if file else b"")
             if OPAQUE in member.pax_headers:
-                for below in (lower / member.name for lower in lowers):
-                    hidden += [f"/{member.name}/{path.relative_to(below)}" for path in below.rglob("*")]
+                hidden += [f"/{path.relative_to(lower)}" for lower in lowers for path in _below(lower, member.name)]
     return {**dict.fromkeys(hidden), **found}
+
+
+def _below(root: Path, name: str) -> Iterator[Path]:
+    """All paths below a folder of an image; none where it is a link, or lies beyond one."""
+    at = root
+    for part in name.split("/"):
+        at /= part
+        if at.is_symlink():
+            return
+    yield from at.rglob("*")
 
 
 def beyond(baseline: Mapping[str, Entry | None], found: Mapping[str, Entry | None]) -> dict[str, Entry | None]:

@@ -75,6 +75,8 @@ class DockerBox(VisitedBox):
     async def _lost(self) -> Exception:
         if self._destroyed:
             return Failure(Cause.SANDBOX, "docker: the box has been destroyed")
+        if await self._stays():
+            return Destroyed("the box has no shell any more")
         state = await self._backend.call("inspect", lambda api: api.inspect_container(self._container)["State"])
         if state["OOMKilled"]:
             return Destroyed("the box ran out of memory and was ended")

@@ -106,7 +106,7 @@ class NativeBox(VisitedBox):
             return Failure(Cause.SANDBOX, "native: the box has been destroyed")
         if not self._launching.lives:
             return Failure(Cause.SANDBOX, "native: the launcher ended, and every box with it")
-        if not self._gone():
+        if await self._stays():
             return Destroyed("the box has no shell any more")
         status = await self._launching.status(self._number)
         self._look_at_memory()

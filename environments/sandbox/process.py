@@ -12,6 +12,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -52,6 +53,14 @@ class ProcessBox:
             return await self.shell.exec(command, timeout)
         except Ended:
             raise Failure(Cause.SANDBOX, "process: the box is gone") from None
+
+    async def renew(self) -> None:
+        """See Box.renew."""
+        await self.shell.renew(self._end_shell)
+
+    def _end_shell(self) -> None:
+        with suppress(OSError):
+            processes.kill(processes.shells(processes.marked(self._mark), self._process.pid))
 
     async def read(self, path: str) -> bytes:
         """See Box.read."""

@@ -53,6 +53,15 @@ def dead(pid: int, name: str) -> bool:
         return True
 
 
+def shells(pids: Iterable[int], init: int) -> Iterator[int]:
+    """Those of the processes whose standard input is where the box's init has its commands from (shell.SUPERVISOR)."""
+    commands = os.readlink(f"/proc/{init}/fd/3")
+    for pid in pids:
+        with suppress(OSError):
+            if pid != init and os.readlink(f"/proc/{pid}/fd/0") == commands:
+                yield pid
+
+
 def described(pids: Iterable[int]) -> list[Process]:
     """The processes, by the numbers that they have in their own namespace."""
     found = []
@@ -64,6 +73,13 @@ def described(pids: Iterable[int]) -> list[Process]:
                 inside = [line.split()[-1] for line in file if line.startswith("NSpid:")]
             found.append(Process(int(inside[0]), tuple(arguments)))
     return found
+
+
+def kill(pids: Iterable[int]) -> None:
+    """Kill processes, as far as they are still there."""
+    for pid in list(pids):
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def stop(find: Callable[[], Iterable[int]], since: float, spared: Iterable[int] = ()) -> None:

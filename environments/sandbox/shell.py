@@ -146,6 +146,12 @@ class Shell:
                 await self._find_back()
             return await self._run(command, timeout)
 
+    async def renew(self, kill: Callable[[], None]) -> None:
+        """Have the next command wait for another shell than the one that `kill` ends."""
+        async with self._lock:
+            kill()
+            self._strayed = True
+
     async def close(self) -> None:
         """Give up the command under way, and close the streams."""
         if self._current is not None:

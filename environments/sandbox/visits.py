@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,6 +22,8 @@ SHM, COLLECTED = 64 << 20, 256 << 20
 """Bytes of shared memory; of all changed files together."""
 KEPT_CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "SETUID", "SETGID", "KILL", "NET_BIND_SERVICE")
 ENVIRONMENT = {"HOME": "/root", "LANG": "C.UTF-8", "TERM": "dumb"}
+DYING = 2.0
+"""Seconds in which a process that is being killed is gone."""
 FILES = 1024
 """Open files of a process."""
 
@@ -45,6 +49,14 @@ class VisitedBox(ABC):
             return await self.shell.exec(command, timeout)
         except Ended:
             raise await self._lost() from None
+
+    async def renew(self) -> None:
+        """See Box.renew."""
+        await self.shell.renew(self._end_shell)
+
+    def _end_shell(self) -> None:
+        with suppress(OSError):
+            processes.kill(processes.shells(processes.inside(self._namespace), self.init))
 
     async def read(self, path: str) -> bytes:
         """See Box.read."""
@@ -77,6 +89,15 @@ class VisitedBox(ABC):
         finally:
             if self._gone():  # what a visitor finds in a box that is being taken down is nothing
                 raise await self._lost() from None
+
+    async def _stays(self) -> bool:
+        """Whether the box is still there after the moment in which one that is being killed goes."""
+        end = time.monotonic() + DYING
+        while not self._gone():
+            if time.monotonic() > end:
+                return True
+            await asyncio.sleep(0.02)
+        return False
 
     def _gone(self) -> bool:
         return self._destroyed or processes.dead(self.init, self._namespace)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from palaestra.environments.boxed import GRACE, NEEDS, Boxed, shown
+from palaestra.environments.boxed import GRACE, NEEDS, VISITS, Boxed, shown
 from palaestra.environments.sandbox.backends import Backend, open_backend
 from palaestra.environments.swe.build import LIMITS, build_all, making, read
 from palaestra.environments.swe.copies import Hiding, copies_in
@@ -97,7 +97,7 @@ class Swe(Boxed):
 
     def deadlines(self, task: Task) -> Mapping[str, float]:
         """Judging takes as long as the tests may."""
-        return {**super().deadlines(task), "judge": self._judging(task) + GRACE}
+        return {**super().deadlines(task), "judge": self._judging(task) + GRACE + VISITS}
 
     def _judging(self, task: Task) -> float:
         seconds: float = self.config.judging

@@ -117,7 +117,10 @@ async def repaired(
     watch = sentinels(repo, wanted.wanted)
     files = {path: content for path, content in {**repo.files, **made}.items() if content is not None}
     tests = {**repo.tests, watch.path: watch.text.encode()}
-    await box.put({**placed({**files, **tests}), **site()})
+    try:
+        await box.put({**placed({**files, **tests}), **site()})
+    except OSError as error:
+        return f"the repair does not fit into a fresh box: {error}"
     places = sorted({*repo.arguments, watch.path})
     report = await run(box, repo, places, seconds)
     return _verdict(report, watch, wanted, {name for _, name in _models(repo, ())})
