@@ -7,7 +7,8 @@ at most 6, so that every dequantised weight is exactly a bf16 number. Source of 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,14 @@ BLOCK = 16
 CODE_MAX = 6.0
 SCALE_MIN, SCALE_MAX = 2.0**-9, 448.0
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+NEAR = tuple(2.0 ** (eighth / 8) for eighth in range(-4, 8))
+"""The multiples of amax / 6 among which the scale of the least squared error is looked for."""
+FOUR_OR_SIX_MAX = 256.0
+"""The largest scale where a block's top value may be 4 as well: 1.5 times it is still an E4M3 number."""
+
+Rule = Literal["max", "error", "four-or-six"]
+"""How a block's scale is chosen: its largest magnitude becomes 6; or so that the squared error is the least; or its
+largest magnitude becomes 4 or 6, whichever gives the less squared error (Four Over Six, arXiv 2512.02010)."""
 
 
 class NVFP4(NamedTuple):
@@ -30,53 +39,33 @@ class NVFP4(NamedTuple):
     scale2: Tensor
 
 
-def _blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """float32[..., N, K/16, 16] and each block's largest magnitude. Raises ValueError for what NVFP4 cannot hold."""
-    if weight.dim() < 2 or not weight.numel() or weight.shape[-1] % BLOCK:
-        raise ValueError(f"NVFP4 needs [..., N, K] with K a multiple of {BLOCK}; got {list(weight.shape)}")
-    blocks = weight.float().unflatten(-1, (-1, BLOCK))
-    amax = blocks.abs().amax(-1)
-    if not torch.isfinite(amax).all():
-        raise ValueError(f"NVFP4 cannot hold infinities or NaN; the weight {list(weight.shape)} has some")
-    return blocks, amax
+class Recipe(NamedTuple):
+    """How weights are quantised. `square`: one scale for 16 x 16 of them, so that a matrix and its transpose have the
+    same values; `generator`: round stochastically, unbiased, with numbers drawn from it (None: to nearest even)."""
+
+    rule: Rule = "max"
+    square: bool = False
+    generator: torch.Generator | None = None
 
 
-def _global_scale(amax: Tensor) -> Tensor:
-    """Block maxima float32[..., N, K/16] -> float32[..., 1, 1]: 2^ceil(log2(amax / 2688)), the smallest power of two
-    under which every block scale fits E4M3; 1 for a zero matrix; not below 2^-116, where bf16 would lose bits."""
-    amax = amax.amax(dim=(-2, -1), keepdim=True)
-    mantissa, exponent = torch.frexp(amax / (CODE_MAX * SCALE_MAX))
-    scale = torch.ldexp(torch.ones_like(amax), (exponent - (mantissa == 0.5).int()).clamp(min=-116))
-    return torch.where(amax > 0, scale, torch.ones_like(amax))
+def quantize(weight: Tensor, recipe: Recipe = Recipe(), scale2: Tensor | None = None) -> NVFP4:  # noqa: B008
+    """Quantise float [..., N, K]; `scale2` float32[...]: a global scale that is given, of any value.
 
-
-def _round(magnitude: Tensor) -> Tensor:
-    """The nearest E2M1 magnitude, ties to the even code. The steps are 0.5 below 2, 1 below 4, 2 above: half of the
-    power of two in the exponent bits."""
-    step = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32).mul_(0.5).clamp_(0.5, 2.0)
-    return (magnitude / step).round_().mul_(step).clamp_(max=CODE_MAX)
-
-
-def _parts(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Signed E2M1 values float32[..., K/16, 16], E4M3 block scales [..., K/16], global scale float32[..., 1, 1]."""
-    blocks, amax = _blocks(weight)
-    scale2 = _global_scale(amax)
-    scales = (amax / (CODE_MAX * scale2)).clamp_(SCALE_MIN, SCALE_MAX).to(torch.float8_e4m3fn)
-    scales = torch.where(amax > 0, scales, torch.ones_like(scales))
-    ratio = blocks / (scales.float() * scale2).unsqueeze(-1)
-    return _round(ratio.abs()).copysign_(ratio), scales, scale2
-
-
-def quantize(weight: Tensor) -> NVFP4:
-    """Quantise float [..., N, K], round to nearest even.
-
-    Raises ValueError for K not a multiple of 16 and for infinities or NaN.
+    Raises ValueError for K not a multiple of 16, infinities or NaN, and for a `scale2` under which values do not fit.
     """
-    values, scales, scale2 = _parts(weight)
+    values, scales, scale2 = _parts(weight, recipe, scale2)
     magnitudes = torch.tensor(MAGNITUDES, device=weight.device)
     codes = torch.bucketize(values.abs(), magnitudes).to(torch.uint8) | (torch.signbit(values).to(torch.uint8) << 3)
     codes = codes.flatten(-2)
     return NVFP4(codes[..., 0::2] | (codes[..., 1::2] << 4), scales, scale2[..., 0, 0])
+
+
+def requantize(quantised: NVFP4, rows: Tensor, weight: Tensor) -> None:
+    """Quantise only the rows that changed, in place and under the same global scale: `rows` int64[R] of one matrix, and
+    what they are now, float [R, K]. Raises ValueError as quantize."""
+    codes, scales, _ = quantize(weight, scale2=quantised.scale2)
+    quantised.codes[rows] = codes
+    quantised.scales.view(torch.uint8)[rows] = scales.view(torch.uint8)
 
 
 def dequantize(quantised: NVFP4) -> Tensor:
@@ -89,18 +78,122 @@ def dequantize(quantised: NVFP4) -> Tensor:
     return result
 
 
+def fake_quantize(weight: Tensor, recipe: Recipe = Recipe()) -> Tensor:  # noqa: B008
+    """dequantize(quantize(weight)), with the gradient passed straight through to `weight`. Raises as quantize."""
+    result: Tensor = _StraightThrough.apply(weight, recipe)  # type: ignore[no-untyped-call]
+    return result
+
+
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: object, weight: Tensor) -> Tensor:
-        values, scales, scale2 = _parts(weight)
+    def forward(ctx: object, weight: Tensor, recipe: Recipe) -> Tensor:
+        values, scales, scale2 = _parts(weight, recipe)
         return (values * (scales.float() * scale2).unsqueeze(-1)).flatten(-2)
 
     @staticmethod
-    def backward(ctx: object, *gradients: Tensor) -> Tensor:
-        return gradients[0]
+    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
 
 
-def fake_quantize(weight: Tensor) -> Tensor:
-    """dequantize(quantize(weight)), with the gradient passed straight through to `weight`. Raises as quantize."""
-    result: Tensor = _StraightThrough.apply(weight)  # type: ignore[no-untyped-call]
-    return result
+def _parts(weight: Tensor, recipe: Recipe, scale2: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Signed E2M1 values float32[..., K/16, 16], E4M3 block scales [..., K/16], global scale float32[..., 1, 1]."""
+    blocks, amax = _blocks(weight)
+    if recipe.square:
+        amax = _by_square(amax, weight)
+    bound = FOUR_OR_SIX_MAX if recipe.rule == "four-or-six" else SCALE_MAX
+    scale2 = _global_scale(amax, bound) if scale2 is None else _fitting(scale2[..., None, None], amax)
+    scales = _scales(blocks, amax / (CODE_MAX * scale2), scale2, recipe)
+    scales = torch.where(amax > 0, scales, torch.ones_like(scales))
+    ratio = blocks / (scales.float() * scale2).unsqueeze(-1)
+    return _round(ratio.abs(), recipe.generator).copysign_(ratio), scales, scale2
+
+
+def _blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """float32[..., N, K/16, 16] and each block's largest magnitude. Raises ValueError for what NVFP4 cannot hold."""
+    if weight.dim() < 2 or not weight.numel() or weight.shape[-1] % BLOCK:
+        raise ValueError(f"NVFP4 needs [..., N, K] with K a multiple of {BLOCK}; got {list(weight.shape)}")
+    blocks = weight.float().contiguous().unflatten(-1, (-1, BLOCK))
+    amax = blocks.abs().amax(-1)
+    if not torch.isfinite(amax).all():
+        raise ValueError(f"NVFP4 cannot hold infinities or NaN; the weight {list(weight.shape)} has some")
+    return blocks, amax
+
+
+def _by_square(amax: Tensor, weight: Tensor) -> Tensor:
+    """The largest of each 16 rows of block maxima float32[..., N, K/16], for all 16."""
+    if amax.shape[-2] % BLOCK:
+        raise ValueError(f"square blocks need N a multiple of {BLOCK}; got {list(weight.shape)}")
+    return _over_squares(amax, torch.amax)
+
+
+def _over_squares(values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
+    squares = values.unflatten(-2, (-1, BLOCK))
+    reduced: Tensor = reduce(squares, dim=-2, keepdim=True)
+    return reduced.expand_as(squares).flatten(-3, -2)
+
+
+def _global_scale(amax: Tensor, bound: float) -> Tensor:
+    """Block maxima float32[..., N, K/16] -> float32[..., 1, 1]: 2^ceil(log2(amax / 6 / bound)), the smallest power of
+    two under which no block scale exceeds `bound`; 1 for a zero matrix; not below 2^-116: bf16 would lose bits."""
+    amax = amax.amax(dim=(-2, -1), keepdim=True)
+    mantissa, exponent = torch.frexp(amax / (CODE_MAX * bound))
+    scale = torch.ldexp(torch.ones_like(amax), (exponent - (mantissa == 0.5).int()).clamp(min=-116))
+    return torch.where(amax > 0, scale, torch.ones_like(amax))
+
+
+def _fitting(scale2: Tensor, amax: Tensor) -> Tensor:
+    if (amax > CODE_MAX * SCALE_MAX * scale2).any():
+        raise ValueError(f"under the global scale {scale2.flatten().tolist()} values up to {amax.max():g} do not fit")
+    return scale2
+
+
+def _scales(blocks: Tensor, ideal: Tensor, scale2: Tensor, recipe: Recipe) -> Tensor:
+    """The blocks' E4M3 scales by the rule; `ideal` float32[..., N, K/16]: under which the largest magnitude is 6."""
+    if recipe.generator is not None:
+        if recipe.rule != "max":
+            raise ValueError(f"stochastic rounding is unbiased only under the rule 'max', not {recipe.rule!r}")
+        return _e4m3_above(ideal)  # nothing may be cut off at 6
+    if recipe.rule == "max":
+        return _e4m3(ideal)
+    multiples = NEAR if recipe.rule == "error" else (1.0, 1.5)
+    return _least_error(blocks / scale2.unsqueeze(-1), (_e4m3(ideal * multiple) for multiple in multiples), recipe)
+
+
+def _least_error(blocks: Tensor, candidates: Iterable[Tensor], recipe: Recipe) -> Tensor:
+    """Of the candidates that of the least squared error, the earlier of equals."""
+    best = least = None
+    for scales in candidates:
+        steps = scales.float().unsqueeze(-1)
+        error = (_round((blocks / steps).abs()).mul_(steps) - blocks.abs()).square().sum(-1)
+        if recipe.square:
+            error = _over_squares(error, torch.sum)
+        if best is None or least is None:
+            best, least = scales, error
+            continue
+        better = error < least
+        best, least = torch.where(better, scales, best), torch.where(better, error, least)
+    assert best is not None
+    return best
+
+
+def _e4m3(scales: Tensor) -> Tensor:
+    return scales.clamp(SCALE_MIN, SCALE_MAX).to(torch.float8_e4m3fn)
+
+
+def _e4m3_above(scales: Tensor) -> Tensor:
+    """The smallest E4M3 number that is not below."""
+    nearest = _e4m3(scales)
+    code = nearest.view(torch.uint8) + (nearest.float() < scales).to(torch.uint8)
+    return code.view(torch.float8_e4m3fn)
+
+
+def _round(magnitude: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """The nearest E2M1 magnitude, ties to the even code; with a generator one of the two nearest, so that the mean is
+    the magnitude itself. The steps are 0.5 below 2, 1 below 4, 2 above: half of the power of two in the exponent."""
+    step = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32).mul_(0.5).clamp_(0.5, 2.0)
+    steps = magnitude / step
+    if generator is None:
+        return steps.round_().mul_(step).clamp_(max=CODE_MAX)
+    below = steps.floor()
+    drawn = torch.rand(steps.shape, generator=generator, device=steps.device)
+    return (below + (drawn < steps - below)).mul_(step).clamp_(max=CODE_MAX)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palaestra.kernels.nvfp4 import NVFP4, dequantize, fake_quantize, quantize
+from palaestra.kernels.nvfp4 import NEAR, NVFP4, Recipe, dequantize, fake_quantize, quantize, requantize
 
 E2M1 = [Fraction(text) for text in ("0", "1/2", "1", "3/2", "2", "3", "4", "6")]
 E4M3 = [Fraction(code, 512) for code in range(8)] + [
@@ -140,3 +140,99 @@ def test_nvfp4_rounds_ties_to_even_codes():
 def test_nvfp4_refuses_what_it_cannot_hold(bad):
     with pytest.raises(ValueError, match="NVFP4"):
         quantize(bad)
+
+
+# -- other recipes
+
+
+def least_error(values: list[Fraction], scale2: Fraction, multiples: tuple[float, ...]) -> Fraction:
+    """The least squared error of values that share a scale, among the candidates."""
+    ideal = torch.tensor([float(max(map(abs, values)) / 6 / scale2)])
+    found = []
+    for multiple in multiples:
+        near = min(Fraction((ideal * multiple).item()), Fraction(448))
+        scale = E4M3[max(nearest(near, E4M3), 1)] * scale2
+        found.append(sum((E2M1[nearest(abs(value) / scale, E2M1)] * scale - abs(value)) ** 2 for value in values))
+    return min(found)
+
+
+def shares(weight: torch.Tensor, square: bool) -> torch.Tensor:
+    """The values that share a scale, a row each."""
+    return weight.reshape(16, -1, 16).transpose(0, 1).flatten(1) if square else weight.reshape(-1, 16)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rule=st.sampled_from(["error", "four-or-six"]), square=st.booleans(), seed=st.integers(0, 9999))
+def test_a_scale_of_the_least_error_has_the_least_error_of_its_candidates(rule, square, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(16, 32, generator=generator) * torch.exp(torch.randn(16, 1, generator=generator))
+    quantised = quantize(weight, Recipe(rule, square))
+    for given_, got in zip(shares(weight, square), shares(dequantize(quantised), square), strict=True):
+        values = [Fraction(value) for value in given_.tolist()]
+        error = sum((Fraction(ours) - value) ** 2 for ours, value in zip(got.tolist(), values, strict=True))
+        least = least_error(values, Fraction(quantised.scale2.item()), NEAR if rule == "error" else (1.0, 1.5))
+        assert error <= least * Fraction(100001, 100000)
+
+
+def test_less_error_is_really_less():
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    of = {
+        rule: (dequantize(quantize(weight, Recipe(rule))) - weight).square().mean()
+        for rule in ("max", "four-or-six", "error")
+    }
+    assert of["error"] < of["four-or-six"] < of["max"]
+
+
+@pytest.mark.parametrize("rule", ["max", "four-or-six", "error"])
+def test_square_blocks_quantise_a_matrix_and_its_transpose_alike(rule):
+    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(1))
+    there = dequantize(quantize(weight, Recipe(rule, square=True)))
+    assert torch.equal(there, dequantize(quantize(weight.T, Recipe(rule, square=True))).T)
+    assert torch.equal(there, there.bfloat16().float())
+    with pytest.raises(ValueError, match="N a multiple of 16"):
+        quantize(weight[:20], Recipe(square=True))
+
+
+def test_stochastic_rounding_is_unbiased_at_and_between_all_codes():
+    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    points = torch.cat([grid, (grid[1:] + grid[:-1]) / 2, torch.linspace(-6, 6, 49)])
+    weight = torch.zeros(1, 80)
+    weight[0, : len(points)] = points
+    weight[0, 15::16] = 6.0  # so that every block has the scale 1
+    draws, recipe = 4000, Recipe(generator=torch.Generator().manual_seed(5))
+    drawn = dequantize(quantize(weight.repeat(draws, 1), recipe, scale2=torch.tensor(1.0)))
+    error = drawn.std(0) / math.sqrt(draws)
+    assert ((drawn.mean(0) - weight[0]).abs() <= 4 * error + 1e-6).all()
+    exact_ones = torch.isin(weight[0].abs(), grid)
+    assert torch.equal(drawn[:, exact_ones], weight[0, exact_ones].expand(draws, -1))
+
+
+def test_stochastic_rounding_cuts_nothing_off():
+    weight = torch.randn(512, 64, generator=torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(3)
+    mean = torch.stack([dequantize(quantize(weight, Recipe(generator=generator))) for _ in range(400)]).mean(0)
+    assert (mean - weight).abs().max() < 0.15
+    assert abs(((mean - weight) * weight.sign()).mean()) < 1e-3
+    with pytest.raises(ValueError, match="unbiased only under the rule 'max'"):
+        quantize(weight, Recipe("error", generator=generator))
+
+
+def test_rows_that_changed_are_quantised_alone_under_the_same_global_scale():
+    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(4))
+    weight[0, 0] = 50.0
+    quantised = quantize(weight)
+    weight[[2, 5]] = torch.randn(2, 32, generator=torch.Generator().manual_seed(5))
+    requantize(quantised, torch.tensor([2, 5]), weight[[2, 5]])
+    fresh = quantize(weight)
+    assert torch.equal(quantised.codes, fresh.codes)
+    assert torch.equal(quantised.scales.float(), fresh.scales.float())
+    with pytest.raises(ValueError, match="do not fit"):
+        requantize(quantised, torch.tensor([1]), torch.full((1, 32), 1e4))
+
+
+def test_a_global_scale_that_is_given_may_be_any_number():
+    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(6))
+    scale2 = weight.abs().max() / 2688
+    values = dequantize(quantize(weight, scale2=scale2))
+    assert (values - weight).norm() / weight.norm() < 0.12
+    assert values.abs().max() == pytest.approx(weight.abs().max().item(), rel=1e-6)
