@@ -22,6 +22,9 @@ NEAR = tuple(2.0 ** (eighth / 8) for eighth in range(-4, 8))
 FOUR_OR_SIX_MAX = 256.0
 """The largest scale where a block's top value may be 4 as well: 1.5 times it is still an E4M3 number."""
 
+ROUNDED = 1 + 2.0**-20
+"""How far a global scale that others computed from the same weight may be off."""
+
 Rule = Literal["max", "error", "four-or-six"]
 """How a block's scale is chosen: its largest magnitude becomes 6; or so that the squared error is the least; or its
 largest magnitude becomes 4 or 6, whichever gives the less squared error (Four Over Six, arXiv 2512.02010)."""
@@ -142,7 +145,7 @@ def _global_scale(amax: Tensor, bound: float) -> Tensor:
 
 
 def _fitting(scale2: Tensor, amax: Tensor) -> Tensor:
-    if (amax > CODE_MAX * SCALE_MAX * scale2).any():
+    if (amax > CODE_MAX * SCALE_MAX * scale2 * ROUNDED).any():
         raise ValueError(f"under the global scale {scale2.flatten().tolist()} values up to {amax.max():g} do not fit")
     return scale2
 

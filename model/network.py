@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from palaestra.kernels.nvfp4 import NVFP4, dequantize, fake_quantize, quantize
+from palaestra.kernels.layouts import take_modelopt, to_modelopt
+from palaestra.kernels.nvfp4 import dequantize, fake_quantize, quantize
 from palaestra.model.attention import Attention
 from palaestra.model.cache import Cache
 from palaestra.model.config import ModelConfig
@@ -108,24 +109,20 @@ class Hybrid(nn.Module):
 
     @torch.no_grad()
     def weights(self, nvfp4: bool = True) -> Iterator[Named]:
-        """What a sampler needs, under the names on disk: `X.weight` uint8, `X.weight_scale` float8_e4m3fn and
-        `X.weight_scale_2` float32 for quantised weights (ModelOpt's triple), float32 for the rest. All are copies."""
+        """What a sampler needs, under the names on disk: quantised weights in ModelOpt's layout (kernels/layouts.py),
+        float32 for the rest. All are copies."""
         quantised = self._quantised_names() if nvfp4 else set()
         for name, tensor in self.state_dict().items():
             if name not in quantised:
                 yield name, tensor.clone()
                 continue
-            codes, scales, scale2 = quantize(tensor)
-            yield from ((name, codes), (f"{name}_scale", scales), (f"{name}_scale_2", scale2))
+            yield from to_modelopt(name, quantize(tensor)).items()
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[Named]) -> None:
         """Take over weights as `weights()` gives them. Raises RuntimeError naming missing and unexpected ones."""
         given = dict(weights)
-        for name in [name for name in given if name.endswith(".weight_scale")]:
-            base = name.removesuffix("_scale")
-            triple = NVFP4(given[base], given.pop(name), given.pop(f"{base}_scale_2"))
-            given[base] = dequantize(triple)
+        given |= {name: dequantize(matrix) for name, matrix in take_modelopt(given).items()}
         self.load_state_dict(given)
 
     def _quantised_parameters(self) -> Iterator[tuple[nn.Module, str, str, str]]:

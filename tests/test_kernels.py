@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from palaestra.kernels.layouts import from_compressed, take_modelopt, to_compressed, to_modelopt
 from palaestra.kernels.nvfp4 import NEAR, NVFP4, Recipe, dequantize, fake_quantize, quantize, requantize
 
 E2M1 = [Fraction(text) for text in ("0", "1/2", "1", "3/2", "2", "3", "4", "6")]
@@ -236,3 +237,39 @@ def test_a_global_scale_that_is_given_may_be_any_number():
     values = dequantize(quantize(weight, scale2=scale2))
     assert (values - weight).norm() / weight.norm() < 0.12
     assert values.abs().max() == pytest.approx(weight.abs().max().item(), rel=1e-6)
+
+
+# -- layouts
+
+
+def same(one: NVFP4, other: NVFP4) -> bool:
+    """Bit for bit."""
+    codes = torch.equal(one.codes, other.codes)
+    scales = torch.equal(one.scales.view(torch.uint8), other.scales.view(torch.uint8))
+    return codes and scales and torch.equal(one.scale2, other.scale2)
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 9999), power=st.booleans())
+def test_both_layouts_give_back_every_bit_of_ours(seed, power):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(5, 48, generator=generator)
+    divisor = 2688 / weight.abs().max()  # as compressed-tensors chooses it
+    quantised = quantize(weight, scale2=None if power else 1 / divisor)
+    stored = to_modelopt("x.weight", quantised) | {"y.weight": weight}
+    assert same(take_modelopt(stored)["x.weight"], quantised)
+    assert list(stored) == ["y.weight"]
+    packed = to_compressed("x.weight", quantised)
+    assert list(packed) == ["x.weight_packed", "x.weight_scale", "x.weight_global_scale"]
+    assert same(from_compressed("x.weight", packed), quantised)
+    again = to_compressed(
+        "x.weight", from_compressed("x.weight", {**packed, "x.weight_global_scale": divisor.reshape(1)})
+    )
+    torch.testing.assert_close(again["x.weight_global_scale"][0], divisor, rtol=2.0**-22, atol=0)
+
+
+def test_a_layout_that_lacks_a_part_names_it():
+    stored = to_modelopt("x.weight", quantize(torch.randn(2, 16)))
+    del stored["x.weight_scale"]
+    with pytest.raises(KeyError, match=r"x\.weight_scale"):
+        take_modelopt(stored)
