@@ -47,7 +47,7 @@ def from_compressed(name: str, tensors: Mapping[str, Tensor]) -> NVFP4:
 
 
 def _reciprocal(scale: Tensor) -> Tensor:
-    """The float32 whose own reciprocal is nearest to `scale`: there and back again is the same number for powers of two,
+    """The float32 whose own reciprocal is nearest to `scale`: there and back again is the same number for powers of two
     and for what is itself a reciprocal; a divisor of another maker may come back one unit in the last place away."""
     near = 1 / scale.float()
     around = torch.stack([near, torch.nextafter(near, near * 2), torch.nextafter(near, near * 0)])
