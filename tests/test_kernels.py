@@ -1,4 +1,4 @@
-"""NVFP4 in plain PyTorch against exact arithmetic."""
+"""The plain PyTorch kernels against exact arithmetic and definitions."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from palaestra.kernels import fp8, hadamard
 from palaestra.kernels.layouts import from_compressed, take_modelopt, to_compressed, to_modelopt
 from palaestra.kernels.nvfp4 import NEAR, NVFP4, Recipe, dequantize, fake_quantize, quantize, requantize
 
@@ -273,3 +274,58 @@ def test_a_layout_that_lacks_a_part_names_it():
     del stored["x.weight_scale"]
     with pytest.raises(KeyError, match=r"x\.weight_scale"):
         take_modelopt(stored)
+
+
+# -- FP8
+
+
+@settings(max_examples=50, deadline=None)
+@given(size=st.sampled_from([1e-30, 1e-3, 1.0, 1e20]), seed=st.integers(0, 9999))
+def test_fp8_is_the_nearest_e4m3_number_under_its_scale(size, seed):
+    weight = torch.randn(3, 7, generator=torch.Generator().manual_seed(seed)) * size
+    quantised = fp8.quantize(weight)
+    scale = Fraction(quantised.scale.item())
+    assert quantised.values.float().abs().max() == 448
+    for value, got in zip(weight.flatten().tolist(), quantised.values.flatten().tolist(), strict=True):
+        ratio = Fraction(torch.tensor(value).div(quantised.scale).item())
+        assert abs(Fraction(got)) == E4M3[nearest(min(abs(ratio), Fraction(448)), E4M3)]
+    assert (fp8.dequantize(quantised) - weight).abs().max() <= float(scale) * 16
+    x = torch.randn(2, 7)
+    torch.testing.assert_close(fp8.linear(x, quantised), x @ fp8.dequantize(quantised).T)
+
+
+def test_fp8_of_zeros_is_zeros_and_of_infinities_refused():
+    assert fp8.quantize(torch.zeros(4)).scale == 1
+    with pytest.raises(ValueError, match="infinities or NaN"):
+        fp8.quantize(torch.tensor([1.0, math.inf]))
+
+
+# -- the Hadamard transform
+
+
+@pytest.mark.parametrize("size", hadamard.SIZES)
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_hadamard_transform_is_orthonormal_and_undone_by_its_inverse(size, seed):
+    square = hadamard.matrix(size, seed).double()
+    torch.testing.assert_close(square @ square.T, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert square.abs().unique().numel() == 1
+    x = torch.randn(3, 5, 2 * size, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(hadamard.inverse(hadamard.transform(x, size, seed), size, seed), x)
+    w = torch.randn(4, 2 * size, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(
+        hadamard.transform(x, size, seed) @ hadamard.transform(w, size, seed).T, x @ w.T, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_an_outlier_is_spread_over_its_block():
+    x = torch.zeros(1, 32)
+    x[0, 3] = 16.0
+    spread = hadamard.transform(x)
+    assert torch.equal(spread[0, :16].abs(), torch.full((16,), 4.0))
+    assert not spread[0, 16:].any()
+
+
+@pytest.mark.parametrize(("size", "width", "words"), [(24, 48, "has the sizes"), (32, 48, "K a multiple of it")])
+def test_a_size_that_does_not_fit_is_named(size, width, words):
+    with pytest.raises(ValueError, match=words):
+        hadamard.transform(torch.zeros(2, width), size)
