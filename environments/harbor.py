@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import tarfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -29,6 +30,8 @@ from palaestra.gym.tasksets import split_of
 from palaestra.gym.types import Message, Source, Task
 
 TESTS, LOGS = VERIFIERS
+SAID = 3
+"""How many tasks that are left out a warning names."""
 DISK = 2048
 """MiB of a box's disk at the most: it is memory."""
 
@@ -238,13 +241,25 @@ class Harbor(Boxed):
 
 
 class Folders:
-    """The task folders at a path: itself, or those in it."""
+    """The task folders at a path: itself, or those in it; those that cannot be played here are left out with a warning.
+    Raises UsageError where none is left."""
 
     def __init__(self, folder: Path) -> None:
         found = [folder] if (folder / "task.toml").exists() else sorted(p.parent for p in folder.glob("*/task.toml"))
         if not found:
             raise UsageError(f"harbor:{folder}: there is no task.toml there, nor in a folder of it")
-        self._tasks = {path.name: _task(path) for path in found}
+        self._tasks: dict[str, Task] = {}
+        left_out = []
+        for path in found:
+            try:
+                self._tasks[path.name] = _task(path)
+            except UsageError as reason:
+                left_out.append(reason)
+        if not self._tasks:
+            raise left_out[0]
+        if left_out:
+            words = "; ".join(map(str, left_out[:SAID]))
+            warnings.warn(f"harbor:{folder}: {len(left_out)} of {len(found)} tasks are left out: {words}", stacklevel=2)
 
     def __iter__(self) -> Iterator[Task]:
         return iter(self._tasks.values())
@@ -257,10 +272,9 @@ class Folders:
 def _task(folder: Path) -> Task:
     load(folder)
     prompt = (folder / "instruction.md").read_text().strip()
-    return Task(
-        key=folder.name, prompt=prompt, data={"folder": str(folder.resolve())}, split=split_of(folder.name),
-        source=Source(dataset=f"harbor:{folder.parent.name}"),
-    )  # fmt: skip
+    data = {"folder": str(folder.resolve()), "sha256": _digest(folder)}
+    source = Source(dataset=f"harbor:{folder.parent.name}")
+    return Task(key=folder.name, prompt=prompt, data=data, split=split_of(folder.name), source=source)
 
 
 def environment_class(path: str) -> type[Environment]:
@@ -300,8 +314,7 @@ async def _image(folder: Path, wants: Surroundings, key: str, build: bool) -> st
     if not (folder / "Dockerfile").exists():
         lack = f"the image {stated} is not stored (palaestra sandbox image import)" if stated else "it names no image"
         raise UsageError(f"{folder.parent}: {lack} ({key}.docker_image), and there is no {folder.name}/Dockerfile")
-    digest = hashlib.sha256(b"".join(str(p).encode() + e.content for p, e in _files(folder))).hexdigest()[:16]
-    name = f"harbor/{digest}"
+    name = f"harbor/{_digest(folder)}"
     async with _building.setdefault(name, asyncio.Lock()):
         if name not in images.names():
             if not build:
@@ -316,6 +329,10 @@ async def _built(folder: Path, name: str, seconds: float, key: str) -> None:
             await dockerfile.build(folder, name)
     except TimeoutError:
         raise UsageError(f"{folder}: its Dockerfile takes longer than {seconds:g} s ({key} in task.toml)") from None
+
+
+def _digest(folder: Path) -> str:
+    return hashlib.sha256(b"".join(str(p).encode() + e.content for p, e in _files(folder))).hexdigest()[:16]
 
 
 def _files(folder: Path) -> list[tuple[str, Entry]]:
@@ -334,8 +351,15 @@ def _files(folder: Path) -> list[tuple[str, Entry]]:
     return found
 
 
+def _roots(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """As root's, whoever owns it here: a box may have no other users."""
+    member.uid = member.gid = 0
+    member.uname = member.gname = ""
+    return member
+
+
 def _packed(folder: Path) -> bytes:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w:gz") as archive:
-        archive.add(folder, ".")
+        archive.add(folder, ".", filter=_roots)
     return out.getvalue()

@@ -157,6 +157,8 @@ def cannot(folder: Path, task: HarborTask) -> str:
     """Why a task cannot be run here; empty where it can."""
     if (folder / "environment" / "docker-compose.yaml").exists():
         return "it is made of several containers (docker-compose.yaml); only single ones are run"
+    if task.schema_version.partition(".")[0] != "1":
+        return f'its schema_version is {task.schema_version!r}; 1.x and the older version = "1.0" are known'
     if task.steps:
         return "it has several steps, which are not played here"
     for key, user in (("agent.user", task.agent.user), ("verifier.user", task.verifier.user)):

@@ -17,7 +17,7 @@ import typer
 from palaestra.gym.registry import UsageError, descriptions, one_line, points, spec, split_alias
 
 COMMANDS = "palaestra.commands"
-TRACEBACK = "PALAESTRA_TRACEBACK"
+TRACEBACK, INTERRUPTED = "PALAESTRA_TRACEBACK", 130
 EXTRAS = {
     **dict.fromkeys(("torch", "ray", "safetensors", "tokenizers", "tensorboard", "matplotlib"), "train"),
     **dict.fromkeys(("transformers", "gguf", "accelerate"), "hf"),
@@ -30,7 +30,7 @@ Ref = Annotated[
     str, typer.Argument(metavar="ENVIRONMENT", help="a name, package.module:Class, file.py:Class, prefix:ID")
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[config.KEY=VALUE]...", help="the value is TOML")]
-Split = Annotated[str, typer.Option(help="train or held-out")]
+Split = Annotated[str, typer.Option(help="train, held-out, or all of a finite set")]
 Seed = Annotated[int, typer.Option(help="the order of the tasks")]
 
 environments = typer.Typer(help="List, make, check, play and score environments.", no_args_is_help=True)
@@ -352,9 +352,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     called = next((text for text in given if not text.startswith("-")), "")
     try:
         application(called)(given)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != INTERRUPTED:  # typer's own word for Ctrl-C
+            raise
         print("palaestra: interrupted; eval and train go on where they stopped (train with --resume)", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if os.environ.get(TRACEBACK):
             raise

@@ -121,7 +121,7 @@ class EnvironmentSpec:
         tasks = self.environment().task_set(self.settings())
         counts = Counter(task.split for task in tasks) if isinstance(tasks, Iterable) else {}
         there = ", ".join(f"{name} ({count} tasks)" for name, count in sorted(counts.items()))
-        advice = "; without held-out tasks train with evaluation.tasks=0" if counts else ""
+        advice = "; evaluate with --split all, or train with evaluation.tasks=0" if counts else ""
         return f"; there are: {there or 'no tasks at all'}{advice}"
 
     def task(self, key: str, split: str = "train", seed: int = 0) -> Task:

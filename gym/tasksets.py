@@ -32,7 +32,7 @@ def held_out(text: str) -> bool:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 10 == 0
 
 
-SPLITS = ("train", "held-out")
+SPLITS, ALL = ("train", "held-out"), "all"
 
 
 def split_of(text: str) -> str:
@@ -41,11 +41,11 @@ def split_of(text: str) -> str:
 
 
 def of_split(tasks: Any, split: str, seed: int) -> Iterator[Task]:
-    """The tasks of one split: a callable is asked, a finite set is filtered and shuffled by `seed`."""
+    """The tasks of one split, or of ALL: a callable is asked, a finite set is filtered and shuffled by `seed`."""
     if callable(tasks):
         yield from tasks(split, seed)
         return
-    chosen = [task for task in tasks if task.split == split]
+    chosen = [task for task in tasks if split in (task.split, ALL)]
     random.Random(seed).shuffle(chosen)
     yield from chosen
 

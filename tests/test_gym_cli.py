@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -102,6 +103,40 @@ def test_shell_tasks_are_written_as_harbor_folders_that_are_read_back(tmp_path):
     assert [task.key for task in spec(f"harbor:{tmp_path / 'out'}").environment().task_set(None)] == [
         folder.name for folder in folders
     ]
+
+
+FORTY = """import asyncio
+from palaestra.gym.environment import Environment
+from palaestra.gym.tasksets import rows
+
+
+class Forty(Environment):
+    '''Wait.'''
+
+    tasks = rows([{"q": str(n)} for n in range(40)], prompt="q")
+
+    async def setup(self, task):
+        print("plays", flush=True)
+        await asyncio.sleep(60)
+"""
+
+
+def test_all_of_a_finite_set_may_be_asked_for(tmp_path):
+    (tmp_path / "forty.py").write_text(FORTY)
+    forty = spec(f"{tmp_path / 'forty.py'}")
+    counts = {split: len(list(forty.tasks(split, 0))) for split in ("train", "held-out", "all")}
+    assert counts["all"] == 40 == counts["train"] + counts["held-out"]
+    assert counts["held-out"]
+
+
+def test_ctrl_c_says_that_it_goes_on(tmp_path):
+    (tmp_path / "forty.py").write_text(FORTY)
+    command = [COMMAND, "eval", "--policy", "null", "--env", "forty.py", "--split", "all"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "plays\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert process.stderr.read().splitlines()[-1].startswith("palaestra: interrupted; eval and train go on")
 
 
 def test_an_environment_that_builds_no_tasks_says_so(capsys):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import tarfile
 
 import pytest
 
 from palaestra.environments import harbor_task
-from palaestra.environments.harbor import Harbor, environment_class, image_of, verifier_image
+from palaestra.environments.harbor import Harbor, _packed, environment_class, image_of, verifier_image
 from palaestra.environments.harbor_artifacts import after, crossing, ways
 from palaestra.environments.harbor_export import export
 from palaestra.environments.sandbox import dockerfile, images, native
@@ -621,3 +623,30 @@ async def test_what_a_dockerfile_says_is_done_or_refused(tmp_path, monkeypatch):
         with pytest.raises(UsageError, match=words):
             await dockerfile.build(place, "bad")
     assert "bad" not in images.names()
+
+
+def test_tasks_that_cannot_be_played_are_left_out_of_a_folder_of_many(tmp_path):
+    folder(tmp_path / "many" / "good")
+    folder(tmp_path / "many" / "gpu", "[environment]\ngpus = 1\n")
+    folder(tmp_path / "many" / "later", 'schema_version = "9.0"\n')
+    with pytest.warns(UserWarning, match=r"2 of 3 tasks are left out: .*asks for a GPU.*schema_version is '9.0'"):
+        tasks = list(environment_class(str(tmp_path / "many")).task_set(None))
+    assert [task.key for task in tasks] == ["good"]
+    with pytest.raises(UsageError, match="asks for a GPU"):
+        environment_class(str(tmp_path / "many" / "gpu"))
+
+
+def test_a_task_whose_tests_changed_is_another(tmp_path):
+    path = folder(tmp_path / "t")
+    (before,) = environment_class(str(path)).task_set(None)
+    (path / "tests" / "test.sh").write_text("true")
+    (after_it,) = environment_class(str(path)).task_set(None)
+    assert before.data["sha256"] != after_it.data["sha256"]
+
+
+def test_a_solution_is_packed_as_roots(tmp_path):
+    path = folder(tmp_path / "t")
+    if os.geteuid() == 0:
+        os.chown(path / "solution" / "solve.sh", 70000, 70000)
+    with tarfile.open(fileobj=io.BytesIO(_packed(path / "solution"))) as archive:
+        assert {(member.uid, member.gid) for member in archive} == {(0, 0)}

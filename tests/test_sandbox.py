@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from palaestra.environments.sandbox import archives, cgroups, images, launching, seccomp
 from palaestra.environments.sandbox.backends import BACKENDS, open_backend, refuse
-from palaestra.environments.sandbox.cli import app, limits_of
+from palaestra.environments.sandbox.cli import app, limits_of, unenforced
 from palaestra.environments.sandbox.warm import Warm
 from palaestra.gym.outcome import Failure
 from palaestra.gym.registry import UsageError
@@ -66,6 +66,36 @@ async def test_boxes_start_where_more_files_are_open_than_select_knows(backend):
     finally:
         for descriptor in opened:
             os.close(descriptor)
+
+
+@pytest.mark.skipif("native" not in ISOLATING, reason="no native backend")
+def test_ctrl_c_reaches_no_box(tmp_path):
+    program = (
+        "import asyncio, os, signal\nfrom palaestra.environments.sandbox.backends import open_backend\n"
+        "from palaestra.gym.sandbox import BoxLimits\n"
+        "async def main():\n    backend = open_backend('native')\n    box = await backend.create('host', BoxLimits())\n"
+        "    signal.signal(signal.SIGINT, signal.SIG_IGN)\n    os.killpg(0, signal.SIGINT)\n    await asyncio.sleep(0.3)\n"
+        "    print((await box.exec('echo whole', 5)).output)\n    await box.destroy()\n    await backend.close()\n"
+        "asyncio.run(main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, start_new_session=True
+    )
+    assert done.stdout == "b'whole\\n'\n", done.stderr
+
+
+@pytest.mark.skipif("native" not in ISOLATING, reason="no native backend")
+def test_who_waits_for_a_command_of_a_box_costs_no_processor(tmp_path):
+    command = [str(Path(sys.executable).with_name("palaestra")), "sandbox", "run", "--", "sleep", "4"]
+    process = subprocess.Popen(command)
+    _, status, used = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert used.ru_utime + used.ru_stime < 3
+
+
+def test_limits_that_a_backend_does_not_enforce_are_named():
+    given = Capabilities(isolation=True, memory=False, disk_quota=True, processes=False, no_network=True)
+    assert unenforced(given, ["memory=64M", "disk=1G", "processes=4", "loopback=no"]) == ["memory", "processes"]
 
 
 async def test_a_renewed_shell_knows_nothing_and_what_runs_goes_on(box):

@@ -53,6 +53,7 @@ class _Server:
             stdin=subprocess.DEVNULL,
             env={"PATH": os.environ.get("PATH", "")},
             cwd="/",
+            start_new_session=True,  # Ctrl-C is ours
         )
         theirs.close()
         self._control.settimeout(START_SECONDS)

@@ -11,7 +11,7 @@ import typer
 from pydantic import ValidationError
 
 from palaestra.gym.registry import UsageError, suggest
-from palaestra.gym.sandbox import BoxLimits
+from palaestra.gym.sandbox import BoxLimits, Capabilities
 
 app = typer.Typer(no_args_is_help=True, help="Boxes for commands that nobody has read.")
 image = typer.Typer(no_args_is_help=True, help="Root file systems that boxes start from.")
@@ -47,12 +47,30 @@ def run(
 
     async def once() -> int:
         opened = open_backend(backend)
+        for name in unenforced(opened.capabilities, limit or []):
+            typer.echo(f"not enforced here: --limit {name} (palaestra sandbox doctor says why)", err=True)
         try:
             return await opened.run(image, limits, command)
         finally:
             await opened.close()
 
     sys.exit(asyncio.run(once()))
+
+
+ENFORCED = {
+    "memory": "memory",
+    "processes": "processes",
+    "cpus": "processes",
+    "disk": "disk_quota",
+    "inodes": "disk_quota",
+}
+"""The capability without which a limit is none; processor time is counted where processes are."""
+
+
+def unenforced(given: Capabilities, texts: list[str]) -> list[str]:
+    """The limits among KEY=VALUE texts that a backend does not enforce."""
+    keys = [text.partition("=")[0] for text in texts]
+    return [key for key in keys if key in ENFORCED and not getattr(given, ENFORCED[key])]
 
 
 def limits_of(texts: list[str]) -> BoxLimits:

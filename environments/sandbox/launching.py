@@ -115,7 +115,8 @@ class Launching:
         self.stage.mkdir(mode=0o711, exist_ok=True)  # a box's root is another user
         launcher = str(Path(__file__).with_name("launcher.py"))
         command = [sys.executable, "-I", "-S", launcher, str(theirs.fileno())]
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env={}, cwd="/")
+        # a session of its own: Ctrl-C is ours, and no box's
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env={}, cwd="/", start_new_session=True)
         theirs.close()
         config = {"stage": str(self.stage), "bwrap": shutil.which("bwrap"), "filter": seccomp.program().hex()}
         ours.send(json.dumps(config).encode())

@@ -289,6 +289,7 @@ class _Exchange:
                 self._last = (self._last + part)[-len(part) - len(self.mark) :]
                 self._marked = self._marked or self.mark in self._last
                 if not part:
+                    asyncio.get_running_loop().remove_reader(self._streams.output)  # closed for good
                     break
         if self._finished() or self.output.total > self.flood:
             self._event.set()
