@@ -49,7 +49,7 @@ Where bubblewrap is missing, the same recipe says so and runs the other three en
 `palaestra train swe-mini`, measured by `make bars GROUP=sandbox BAR=8`: small functions, each a repository with a bug
 and hidden tests, repaired by `bash`, `view`, `edit` and `submit` in a box. "Before" is the warm start, which has never
 seen them; a few supervised demonstrations follow, then RLVR, which brought the mean return of its own episodes from
-{first:.2f} (first five steps) to {last:.2f} (last five).
+{first:.2f} (first five steps) to {last:.2f} (last five). Gains are over the tasks that were scored both times.
 
 {repairs}
 """
