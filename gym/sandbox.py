@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import Annotated, NamedTuple, Protocol
 
 from pydantic import Field
 
@@ -26,7 +26,7 @@ class BoxLimits(Record):
     cpus: float = Field(default=1.0, gt=0)
     output: int = Field(default=1 << 20, gt=0)
     loopback: bool = True
-    hidden: tuple[str, ...] = ()
+    hidden: tuple[Annotated[str, Field(pattern="^/.")], ...] = ()
 
 
 class Capabilities(Record):

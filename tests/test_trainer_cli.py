@@ -39,6 +39,20 @@ def command(tmp_path, monkeypatch):
     return lambda *more: CliRunner().invoke(app, [str(path), "--runs", str(tmp_path / "runs"), *more])
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("model=preset:huge", "no preset 'huge'"),
+        ("model=warmstrat", "did you mean 'warmstart'"),
+        ("environments.code.config.backend=foo", "environments.code: .*no sandbox backend 'foo'"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(tmp_path, change, words):
+    with pytest.raises(UsageError, match=words):
+        train("quickstart", [change], dry_run=True, runs=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_dry_run_shows_the_resolved_recipe_and_writes_nothing(command, tmp_path):
     done = command("stages.rl.steps=9", "--dry-run")
     assert done.exit_code == 0

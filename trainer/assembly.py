@@ -31,28 +31,35 @@ TOKEN = Path.home() / ".ray" / "auth_token"
 """What `ray start` has its clusters ask for."""
 
 
-def model(recipe: Recipe, tokenizer: Tokenizer) -> Hybrid:
-    """The hybrid network of `recipe.model`: a checkpoint folder, `preset:NAME`, or the name of one that ships.
+def located(recipe: Recipe) -> ModelConfig | Path:
+    """What `recipe.model` names: a preset's configuration, or the folder of a checkpoint, be it one that ships.
 
-    Raises UsageError naming what is not there, CheckpointError naming a damaged file.
+    Raises UsageError naming what is not there.
     """
     kind, _, name = recipe.model.partition(":")
     if kind == "preset":
         if name not in PRESETS:
             raise UsageError(f"model: no preset {name!r}: {suggest(name, PRESETS)}")
-        config = PRESETS[name]
-        return Hybrid(config if recipe.nvfp4 else config.model_copy(update={"nvfp4": ()}))
-    folder = checkpoint.locate(recipe.model)
+        return PRESETS[name]
+    folder = Path(name) if recipe.model.startswith(FOREIGN) else checkpoint.locate(recipe.model)
     if not folder.is_dir():
         raise UsageError(
-            f"model: there is no checkpoint folder {recipe.model}; give one, preset:NAME, or one that ships: "
+            f"model: there is no checkpoint folder {folder}; give one, preset:NAME, or one that ships: "
             f"{suggest(recipe.model, checkpoint.shipped())}"
         )
-    loaded = checkpoint.load(folder)
-    known = checkpoint.tokenizer_hash(folder)
+    return folder
+
+
+def model(recipe: Recipe, tokenizer: Tokenizer) -> Hybrid:
+    """The hybrid network of `recipe.model`. Raises as located; CheckpointError naming a damaged file."""
+    source = located(recipe)
+    if isinstance(source, ModelConfig):
+        return Hybrid(source if recipe.nvfp4 else source.model_copy(update={"nvfp4": ()}))
+    loaded = checkpoint.load(source)
+    known = checkpoint.tokenizer_hash(source)
     if known and known != tokenizer.sha256:
         raise UsageError(
-            f"model: {folder} was trained with another tokenizer ({known[:12]}, not {tokenizer.sha256[:12]})"
+            f"model: {source} was trained with another tokenizer ({known[:12]}, not {tokenizer.sha256[:12]})"
         )
     return loaded if recipe.nvfp4 else _unquantised(loaded)
 

@@ -38,6 +38,8 @@ def train(
     try:
         resolved = _playable(resolved)
         specs = checked_specs(resolved)
+        if dry_run:
+            asyncio.run(_openable(resolved, specs))
     except UsageError as error:
         raise UsageError(f"{recipe}: {error}") from error
     if dry_run:
@@ -56,6 +58,16 @@ def _playable(recipe: Recipe) -> Recipe:
     if len(lacking) == len(recipe.environments):
         raise UsageError("this machine can play none of the environments")
     return recipe.without(lacking)
+
+
+async def _openable(recipe: Recipe, specs: dict[str, EnvironmentSpec]) -> None:
+    """Raises UsageError where the model is not there, or an environment cannot be opened."""
+    from palaestra.trainer.assembly import located
+
+    located(recipe)
+    for alias, spec in specs.items():
+        if why := await spec.environment().lacks(spec.settings()):
+            raise UsageError(f"environments.{alias}: {why}")
 
 
 def checked_specs(recipe: Recipe) -> dict[str, EnvironmentSpec]:
