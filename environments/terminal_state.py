@@ -1,9 +1,9 @@
 """Trees of shell tasks: put into a box, and compared with what a box came to.
 
 What is compared is data that left the box: databases and archives are opened in a process of their own, repositories
-in a fresh box, never by a program of the box that is judged. That process is this file as a program: KIND and FORM are
-its arguments, what its standard input holds it prints as JSON. Exported tasks carry a copy: it needs nothing but the
-standard library.
+in a fresh box, never by a program of the box that is judged. That process is this file as a program: KIND, FORM and
+SECONDS are its arguments, what its standard input holds it prints as JSON. Exported tasks carry a copy: it needs
+nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def opened(kind: str, form: str, content: bytes) -> dict[str, Any]:
     """
     if len(content) > LARGEST:
         raise ValueError(f"{len(content)} bytes; at most {LARGEST} are read")
-    command = [sys.executable, "-I", "-S", str(Path(__file__).resolve()), kind, form]
+    command = [sys.executable, "-I", "-S", str(Path(__file__).resolve()), kind, form, str(OPEN_SECONDS)]
     try:
         done = subprocess.run(command, input=content, capture_output=True, timeout=WAIT_SECONDS, env={}, cwd="/")
     except subprocess.TimeoutExpired:
@@ -153,11 +153,11 @@ def opened(kind: str, form: str, content: bytes) -> dict[str, Any]:
     return found
 
 
-def main(kind: str, form: str) -> None:
+def main(kind: str, form: str, seconds: str) -> None:
     """Be the process that `opened` begins. A blob becomes an object: no text equals it."""
     for limit, most in OPEN_LIMITS.items():
         resource.setrlimit(limit, (most, most))
-    resource.setrlimit(resource.RLIMIT_CPU, (OPEN_SECONDS, WAIT_SECONDS))
+    resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), WAIT_SECONDS))
     content = sys.stdin.buffer.read()
     found = tables(content) if kind == "sqlite" else members(form, content)
     json.dump(found, sys.stdout, default=lambda blob: {"blob": blob.hex()})

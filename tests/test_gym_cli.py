@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -132,7 +133,9 @@ def test_all_of_a_finite_set_may_be_asked_for(tmp_path):
 def test_ctrl_c_says_that_it_goes_on(tmp_path):
     (tmp_path / "forty.py").write_text(FORTY)
     command = [COMMAND, "eval", "--policy", "null", "--env", "forty.py", "--split", "all"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background may have it ignored
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=tmp_path, text=True, preexec_fn=heard, **pipes) as process:
         assert process.stdout.readline() == "plays\n"
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130

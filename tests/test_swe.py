@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from palaestra.environments.sandbox.backends import lacks_native, open_backend
 from palaestra.environments.swe import build, environment, packages, repository
-from palaestra.environments.swe.build import LIMITS
+from palaestra.environments.swe.build import LIMITS, function_of, with_clocks
 from palaestra.environments.swe.copies import copies_in
 from palaestra.environments.swe.environment import Built, Swe
 from palaestra.environments.swe.issues import issue
@@ -577,3 +577,23 @@ async def test_the_tools_view_and_edit(backend, small, tmp_path):
             await tools.edit("small/__init__.py", "The value between", "A value " * 9000)
     finally:
         await tools.close()
+
+
+def test_tests_that_look_at_a_clock_are_known():
+    text = b"""import time
+from time import perf_counter
+
+def test_plain(): pass
+
+class TestMore:
+    def test_waits(self):
+        time.sleep(1)
+    def test_measures(self, x):
+        began = perf_counter()
+    def test_times_out(self): assert f(timeout=3)
+    def test_sometimes(self): assert time_of_day
+"""
+    repo = ALONE._replace(tests={"tests/test_it.py": text, "tests/data.txt": b"sleep("})
+    names = {"test_waits", "test_measures", "test_times_out"}
+    assert with_clocks(repo) == {("tests/test_it.py", name) for name in names}
+    assert function_of("tests/test_it.py::TestMore::test_measures[a::b-3]") == ("tests/test_it.py", "test_measures")

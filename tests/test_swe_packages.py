@@ -7,9 +7,11 @@ import pytest
 from palaestra.environments.sandbox import images
 from palaestra.environments.sandbox.backends import lacks_native
 from palaestra.environments.sandbox.base import NAME
+from palaestra.environments.swe.build import function_of, with_clocks
 from palaestra.environments.swe.copies import copies_in
 from palaestra.environments.swe.environment import Swe
 from palaestra.environments.swe.packages import PACKAGES
+from palaestra.environments.swe.repository import whole
 from palaestra.gym.agent import Loop
 from palaestra.gym.environment import gold_of
 from palaestra.gym.episode import run_episode
@@ -45,3 +47,12 @@ async def test_no_package_lies_in_a_box_unbroken(opened):
     config, backend = opened
     box = await backend.create(config.image, config.limits)
     assert await copies_in(box, [package.name for package in PACKAGES]) == []
+
+
+async def test_no_verdict_looks_at_a_clock(opened):
+    config, _ = opened
+    clocks = {package.name: with_clocks(whole(package.name)) for package in PACKAGES}
+    assert ("tests/test_dos_prevention.py", "test_nested_case_within_cap_under_1s") in clocks["sqlparse"]
+    for task in Swe.task_set(config):
+        for test in (*task.data["stable"], *task.data["fail_to_pass"]):
+            assert function_of(test) not in clocks[task.data["package"]], test

@@ -6,11 +6,13 @@ A package's tasks are kept in one file, written anew after every candidate: a bu
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import gzip
 import json
 import math
 import random
+import re
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -41,6 +43,8 @@ TESTS = 200
 """Test ids of one command line; where more cover an edit, their files are run."""
 SLOW = 4.0
 """How many times the clean run's time a run with a bug may take."""
+CLOCK = re.compile(r"\b(perf_counter|monotonic|process_time|sleep|timeit|alarm|timeout\w*|time\.time)\b")
+"""What a test's source holds that looks at a clock or waits: it would judge the machine."""
 HELD = {*Package._fields, "stable", "skips", "tasks", "tried", "verdicts", "done"}
 OF_TASK = {"edits", "fail_to_pass", "level", "issue", "seed"}
 """What a package's file holds, and each of its tasks."""
@@ -130,7 +134,10 @@ class Workshop:
         self.repo = repo
         self.seconds = seconds
         self.skips = max(clean.skips, covered.skips)
-        self.stable = sorted(test for test in stable if covered.outcomes.get(test) == "passed")
+        clocked = with_clocks(repo)
+        self.stable = sorted(
+            test for test in stable if covered.outcomes.get(test) == "passed" and function_of(test) not in clocked
+        )
         self.callers: dict[tuple[str, str], set[str]] = {}
         for test in self.stable:
             for file, name in covered.calls.get(test, ()):
@@ -182,6 +189,23 @@ class Workshop:
     def failing(self, report: Report) -> list[str]:
         """The stable tests that fail."""
         return [test for test in self.stable if report.outcomes.get(test) == "failed"]
+
+
+def with_clocks(repo: Repository) -> set[tuple[str, str]]:
+    """File and name of the test functions that look at a clock."""
+    found = set()
+    for path, content in repo.tests.items():
+        text = content.decode(errors="replace") if path.endswith(".py") else ""
+        nodes = ast.walk(ast.parse(text)) if CLOCK.search(text) else ()
+        functions = (node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+        found |= {(path, one.name) for one in functions if CLOCK.search(ast.get_source_segment(text, one) or "")}
+    return found
+
+
+def function_of(test: str) -> tuple[str, str]:
+    """File and function of a node id."""
+    path, _, rest = test.partition("[")[0].partition("::")
+    return path, rest.rpartition("::")[2]
 
 
 async def _patient(backend: Backend, repo: Repository) -> set[str]:
