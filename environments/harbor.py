@@ -245,9 +245,7 @@ class Folders:
     Raises UsageError where none is left."""
 
     def __init__(self, folder: Path) -> None:
-        found = [folder] if (folder / "task.toml").exists() else sorted(p.parent for p in folder.glob("*/task.toml"))
-        if not found:
-            raise UsageError(f"harbor:{folder}: there is no task.toml there, nor in a folder of it")
+        found = _folders(folder)
         self._tasks: dict[str, Task] = {}
         left_out = []
         for path in found:
@@ -269,6 +267,13 @@ class Folders:
         return self._tasks[key]
 
 
+def _folders(folder: Path) -> list[Path]:
+    found = [folder] if (folder / "task.toml").exists() else sorted(p.parent for p in folder.glob("*/task.toml"))
+    if not found:
+        raise UsageError(f"harbor:{folder}: there is no task.toml there, nor in a folder of it")
+    return found
+
+
 def _task(folder: Path) -> Task:
     load(folder)
     prompt = (folder / "instruction.md").read_text().strip()
@@ -278,9 +283,10 @@ def _task(folder: Path) -> Task:
 
 
 def environment_class(path: str) -> type[Environment]:
-    """The environment of `harbor:PATH`. Raises UsageError where there is no task."""
+    """The environment of `harbor:PATH`. Raises UsageError where there is no task; what is wrong in one, its task set
+    says."""
     folder = Path(path)
-    Folders(folder)
+    _folders(folder)
     name = "Harbor_" + re.sub(r"\W", "_", folder.name)
     return type(name, (Harbor,), {"folder": folder.resolve(), "__doc__": Harbor.__doc__, "__module__": __name__})
 

@@ -51,7 +51,10 @@ class Recipe(NamedTuple):
     generator: torch.Generator | None = None
 
 
-def quantize(weight: Tensor, recipe: Recipe = Recipe(), scale2: Tensor | None = None) -> NVFP4:  # noqa: B008
+PLAIN = Recipe()
+
+
+def quantize(weight: Tensor, recipe: Recipe = PLAIN, scale2: Tensor | None = None) -> NVFP4:
     """Quantise float [..., N, K]; `scale2` float32[...]: a global scale that is given, of any value.
 
     Raises ValueError for K not a multiple of 16, infinities or NaN, and for a `scale2` under which values do not fit.
@@ -81,7 +84,7 @@ def dequantize(quantised: NVFP4) -> Tensor:
     return result
 
 
-def fake_quantize(weight: Tensor, recipe: Recipe = Recipe()) -> Tensor:  # noqa: B008
+def fake_quantize(weight: Tensor, recipe: Recipe = PLAIN) -> Tensor:
     """dequantize(quantize(weight)), with the gradient passed straight through to `weight`. Raises as quantize."""
     result: Tensor = _StraightThrough.apply(weight, recipe)  # type: ignore[no-untyped-call]
     return result

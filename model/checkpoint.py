@@ -18,6 +18,8 @@ from palaestra.model.config import ModelConfig
 from palaestra.model.network import Hybrid
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+ASSETS = Path(str(files("palaestra.trainer").joinpath("assets")))
+"""Where the checkpoints that ship lie."""
 
 
 class CheckpointError(Exception):
@@ -46,14 +48,13 @@ def save(folder: Path, model: Hybrid, tokenizer_hash: str = "", dtype: torch.dty
 
 def shipped() -> list[str]:
     """The names of the checkpoints that ship."""
-    assets = Path(str(files("palaestra.trainer").joinpath("assets")))
-    return sorted(path.parent.name for path in assets.glob(f"*/{WEIGHTS}"))
+    return sorted(path.parent.name for path in ASSETS.glob(f"*/{WEIGHTS}"))
 
 
 def locate(reference: str) -> Path:
     """The folder that `reference` names: a path, or the name of a checkpoint that ships (warmstart)."""
-    shipped = Path(str(files("palaestra.trainer").joinpath("assets", reference)))
-    return shipped if (shipped / WEIGHTS).exists() else Path(reference)
+    folder = ASSETS / reference
+    return folder if (folder / WEIGHTS).exists() else Path(reference)
 
 
 def load(folder: Path) -> Hybrid:

@@ -7,6 +7,7 @@ actor answers again, so that a retry does not meet a door that is still shut.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -174,7 +175,8 @@ class Cluster:
         spec = self._specs[task.environment]
         kind = spec.environment()
         bounds = self._bounds.at_least(kind(spec.settings()).deadlines(task))
-        return min(bounds.longest(task, len(judges(kind))) + REQUEST_SECONDS, EPISODE_SECONDS)
+        longest = bounds.longest(task, len(judges(kind)))
+        return longest + REQUEST_SECONDS if math.isfinite(longest) else EPISODE_SECONDS
 
     async def deliver(self, weights: Mapping[str, Any], version: int) -> None:
         """Hand weights to the policy actor; one that is being started again is waited for."""

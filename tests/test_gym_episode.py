@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from types import MappingProxyType
@@ -385,6 +386,13 @@ def test_phases_take_as_long_as_the_environment_says_that_they_need():
     episode = play(Patient(), [call("nap"), say("done")], bounds=tight)
     assert (episode.outcome.cause, episode.rewards["late"]) == (Cause.OK, Scored(value=1.0))
     assert tight.at_least({"judge": 0.001}) == tight
+
+
+def test_an_episode_is_over_after_all_its_deadlines():
+    bounds = Bounds(limits=Limits(seconds=100), setup=10, judge=20, close=5)
+    assert bounds.longest(TASK, 2) == 2 * (10 + 100 + 2 * 2 * 20 + 5) + 30
+    assert bounds.at_least({"judge": 40}).longest(TASK, 2) > bounds.longest(TASK, 2)
+    assert math.isinf(Bounds(limits=Limits(seconds=None)).longest(TASK, 1))
 
 
 def test_a_phase_that_is_none_is_named(monkeypatch):

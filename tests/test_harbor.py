@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import tarfile
@@ -83,7 +84,8 @@ def test_what_cannot_be_run_is_refused_with_the_reason(tmp_path, toml, words):
 
 @pytest.mark.parametrize("user", ['""', '"root"', "0", '"0"'])
 def test_a_task_may_say_that_it_runs_as_root(tmp_path, user):
-    harbor_task.load(folder(tmp_path / "t", f"[agent]\nuser = {user}\n[verifier]\nuser = {user}\n"))
+    task = harbor_task.load(folder(tmp_path / "t", f"[agent]\nuser = {user}\n[verifier]\nuser = {user}\n"))
+    assert task.agent.user == task.verifier.user == json.loads(user)
 
 
 def test_a_folder_that_is_no_task_is_named(tmp_path):
@@ -633,7 +635,7 @@ def test_tasks_that_cannot_be_played_are_left_out_of_a_folder_of_many(tmp_path):
         tasks = list(environment_class(str(tmp_path / "many")).task_set(None))
     assert [task.key for task in tasks] == ["good"]
     with pytest.raises(UsageError, match="asks for a GPU"):
-        environment_class(str(tmp_path / "many" / "gpu"))
+        environment_class(str(tmp_path / "many" / "gpu")).task_set(None)
 
 
 def test_a_task_whose_tests_changed_is_another(tmp_path):

@@ -25,6 +25,7 @@ from palaestra.gym.sandbox import Destroyed
 
 pytestmark = pytest.mark.skipif(not ISOLATING, reason="no isolating sandbox backend on this machine")
 SECRET = "hunter2-only-the-parent-knows"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(params=ISOLATING)
@@ -136,7 +137,7 @@ ATTEMPTS = [
     Attempt("capabilities", "grep CapEff /proc/self/status | cut -f2 | python3 -c \"print('broke' if int(input(), 16) & ~0x4eb else '')\"; true"),
     # what is not for it
     Attempt("parent's environment", f"cat /proc/*/environ 2>/dev/null | grep -qa {SECRET} && echo broke; env | grep -q {SECRET} && echo broke; true"),
-    Attempt("homes and projects", "ls /root/.ssh /home/* /work/main /mnt/* /media/* 2>/dev/null | grep -q . && echo broke; true"),
+    Attempt("homes and projects", f"ls /root/.ssh /home/* {ROOT} /mnt/* /media/* 2>/dev/null | grep -q . && echo broke; true"),
     Attempt("password file", unreadable("/etc/shadow"), backends=("native",)),  # docker: the image's own
     Attempt("open descriptors", "ls /proc/self/fd | grep -vE '^[0-3]$' | grep -q . && echo broke; true"),
     Attempt("the host's sockets", "ls /run/docker.sock /var/run/docker.sock /run/dbus 2>/dev/null | grep -q . && echo broke; true"),

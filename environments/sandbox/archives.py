@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import stat
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,6 +30,14 @@ def packed(entries: Mapping[str, Entry]) -> bytes:
             member.size = len(entry.content) if entry.kind == "file" else 0
             archive.addfile(member, io.BytesIO(entry.content))
     return out.getvalue()
+
+
+def standing(place: Path) -> Entry:
+    """What stands at a path of this machine; no link is followed. Raises OSError."""
+    found = place.lstat()
+    kind = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "link"}.get(stat.S_IFMT(found.st_mode))
+    content = place.read_bytes() if kind == "file" else os.fsencode(os.readlink(place)) if kind == "link" else b""
+    return Entry(kind or "other", stat.S_IMODE(found.st_mode), content, found.st_uid, found.st_gid)
 
 
 def changes(content: bytes, lowers: Iterable[Path] = ()) -> dict[str, Entry | None]:

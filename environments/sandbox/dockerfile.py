@@ -244,10 +244,8 @@ def _entries(path: Path, place: str, inside: bool) -> Iterator[tuple[str, Entry]
 
 
 def _entry(path: Path) -> Entry:
-    mode = path.lstat().st_mode & 0o7777
-    if path.is_symlink():
-        return Entry("link", mode, str(path.readlink()).encode())
-    return Entry("directory", mode) if path.is_dir() else Entry("file", mode, path.read_bytes())
+    """What is copied is root's."""
+    return archives.standing(path)._replace(uid=0, gid=0)
 
 
 def _plain(changed: Mapping[str, Entry | None]) -> Iterator[tuple[str, Entry]]:

@@ -12,7 +12,6 @@ import os
 import platform
 import re
 import shutil
-import stat
 import subprocess
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 from urllib.parse import quote, unquote
 
+from palaestra.environments.sandbox.archives import standing
 from palaestra.gym.registry import UsageError
 from palaestra.gym.sandbox import Entry
 from palaestra.gym.types import Record
@@ -284,14 +284,9 @@ def tree(name: str, path: str) -> dict[str, Entry]:
         place = rest.pop()
         if not os.path.lexists(place):
             continue
-        status = place.lstat()
-        kind = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "link"}.get(stat.S_IFMT(status.st_mode))
-        content = place.read_bytes() if kind == "file" else os.fsencode(place.readlink()) if kind == "link" else b""
-        owners = (status.st_uid, status.st_gid) if os.geteuid() == 0 else (0, 0)
-        found[os.path.normpath(f"/{place.relative_to(root)}")] = Entry(
-            kind or "other", stat.S_IMODE(status.st_mode), content, *owners
-        )
-        rest += place.iterdir() if kind == "directory" else ()
+        entry = standing(place) if os.geteuid() == 0 else standing(place)._replace(uid=0, gid=0)
+        found[os.path.normpath(f"/{place.relative_to(root)}")] = entry
+        rest += place.iterdir() if entry.kind == "directory" else ()
     return found
 
 

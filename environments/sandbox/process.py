@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from palaestra.environments.sandbox import processes, visitor
+from palaestra.environments.sandbox.archives import standing
 from palaestra.environments.sandbox.images import HOST
 from palaestra.environments.sandbox.shell import SUPERVISOR, Ended, Pipes, Shell
 from palaestra.gym.outcome import Cause, Failure
@@ -93,7 +94,9 @@ class ProcessBox:
 
     async def diff(self) -> Mapping[str, Entry | None]:
         """See Box.diff. The folder is empty at first: all that is in it has changed."""
-        return {f"{WORK}/{place.relative_to(self._folder)}": _entry(place) for place in sorted(self._folder.rglob("*"))}
+        return {
+            f"{WORK}/{place.relative_to(self._folder)}": standing(place) for place in sorted(self._folder.rglob("*"))
+        }
 
     async def processes(self) -> list[Process]:
         """See Box.processes."""
@@ -134,16 +137,6 @@ class ProcessBox:
 
 def _ceilings(limits: BoxLimits) -> str:
     return f"ulimit -c 0; ulimit -v {limits.memory // 1024}; ulimit -f {limits.disk // 512}; "
-
-
-def _entry(place: Path) -> Entry:
-    found = place.lstat()
-    mode = stat.S_IMODE(found.st_mode)
-    if place.is_symlink():
-        return Entry("link", mode, os.readlink(place).encode(errors="surrogateescape"), found.st_uid, found.st_gid)
-    if stat.S_ISREG(found.st_mode):
-        return Entry("file", mode, place.read_bytes(), found.st_uid, found.st_gid)
-    return Entry("directory" if place.is_dir() else "other", mode, b"", found.st_uid, found.st_gid)
 
 
 def _environment(folder: Path) -> dict[str, str]:
