@@ -94,7 +94,7 @@ def test_a_folder_that_is_no_task_is_named(tmp_path):
     folder(tmp_path / "t")
     (tmp_path / "t" / "tests" / "test.sh").unlink()
     with pytest.raises(UsageError, match=r"has no tests/test\.sh"):
-        environment_class(str(tmp_path))
+        environment_class(str(tmp_path)).task_set(None)
 
 
 @pytest.mark.parametrize(
