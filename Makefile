@@ -20,7 +20,7 @@ debian:
 			apt-get install -qq -y --no-install-recommends $(DEBIAN) > /dev/null; } || \
 		echo "For boxes (terminal, SWE): apt-get install $(DEBIAN)"
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard kernels/cpu/*)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "Palaestra needs Python 3.11 to 3.13; set PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -59,4 +59,4 @@ types: install
 	$(BIN)/mypy -p palaestra
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info kernels/_cpu.so

@@ -53,9 +53,12 @@ def marked() -> Iterator[str]:
     our process tree are found too; end those that are left."""
     mark = uuid.uuid4().hex
     os.environ[MARK] = mark
+    gc.collect()
+    gc.freeze()  # a large process would go through all that it had before again and again
     try:
         yield mark
     finally:
+        gc.unfreeze()
         os.environ.pop(MARK, None)
         for pid in _processes(mark):
             with contextlib.suppress(ProcessLookupError, PermissionError):

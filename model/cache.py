@@ -14,7 +14,7 @@ class Cache:
     """State of `batch` conversations, a row each.
 
     lengths: int64[batch], tokens seen; per layer, by index: for `*` keys and values float32[batch, KV heads, capacity,
-    head_dim]; for `M` the last conv_kernel - 1 convolution inputs float32[batch, conv_width, conv_kernel - 1] and the
+    head_dim]; for `M` the last conv_kernel - 1 convolution inputs float32[batch, conv_kernel - 1, conv_width] and the
     state float32[batch, heads, head_dim, state].
     """
 
@@ -33,7 +33,7 @@ class Cache:
                 shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
                 layers[index] = (torch.zeros(shape, device=device), torch.zeros(shape, device=device))
             elif letter == "M":
-                window = (batch, config.conv_width, config.conv_kernel - 1)
+                window = (batch, config.conv_kernel - 1, config.conv_width)
                 state = (batch, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
                 layers[index] = (torch.zeros(window, device=device), torch.zeros(state, device=device))
         attention = frozenset(i for i, letter in enumerate(config.hybrid_override_pattern) if letter == "*")

@@ -111,16 +111,15 @@ class Mamba(nn.Module):
     def _convolve(self, xbc: Tensor, lengths: Tensor | None, state: State | None) -> Tensor:
         """Depthwise causal convolution over float[B, L, C]; the window of past inputs moves on by each row's length."""
         past = self.config.conv_kernel - 1
-        inputs = xbc.transpose(1, 2)
-        inputs = F.pad(inputs, (past, 0)) if state is None else torch.cat([state[0], inputs], dim=-1)
+        inputs = F.pad(xbc, (0, 0, past, 0)) if state is None else torch.cat([state[0], xbc], dim=1)
         if state is not None:
-            ends = xbc.shape[1] if lengths is None else lengths[:, None, None]
-            at = torch.arange(past, device=xbc.device) + ends
-            state[0].copy_(inputs.gather(2, at.expand(inputs.shape[0], inputs.shape[1], past)))
+            ends = xbc.shape[1] if lengths is None else lengths[:, None]
+            at = (torch.arange(past, device=xbc.device) + ends).expand(len(xbc), past)
+            state[0].copy_(inputs.gather(1, at[..., None].expand(*at.shape, xbc.shape[2])))
         if xbc.shape[1] == 1:
-            window = (inputs * self.conv1d.weight[:, 0]).sum(-1)
+            window = (inputs * self.conv1d.weight[:, 0].T).sum(1)
             return (window if self.conv1d.bias is None else window + self.conv1d.bias)[:, None]
-        result: Tensor = self.conv1d(inputs).transpose(1, 2)
+        result: Tensor = self.conv1d(inputs.transpose(1, 2)).transpose(1, 2)
         return result
 
     def _recur(self, x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: State | None) -> Tensor:

@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 
+from palaestra.kernels.layouts import take_modelopt
+from palaestra.kernels.native import TORCH, library
 from palaestra.model.cache import Cache
 from palaestra.model.config import ModelConfig
+from palaestra.model.decoder import Decoder, fits
 from palaestra.model.network import Hybrid
 from palaestra.rollout.engine import WeightSource
 from palaestra.rollout.local_engine import LocalEngine
@@ -21,8 +24,8 @@ from palaestra.rollout.requests import Request, draw_for, fail
 @dataclass(frozen=True)
 class EngineConfig:
     """`slots`: conversations kept at once; `context`: tokens a conversation may have; `burst`: decode steps between two
-    looks at what arrived; `deterministic`: every row is computed by itself, and one given up for another is kept aside
-    (a state computed anew would round otherwise), so that its numbers owe nothing to who else is there."""
+    looks at what arrived; `deterministic`: every prompt is computed by itself, and a row given up for another is kept
+    aside (a state computed anew would round otherwise), so that its numbers owe nothing to who else is there."""
 
     slots: int = 192
     context: int = 512
@@ -39,14 +42,25 @@ class _Session:
     aside: Cache | None = None
 
 
-class HybridEngine(LocalEngine[Hybrid]):
-    """The Engine over `model.network.Hybrid`. New weights take effect between two bursts."""
+@dataclass(frozen=True)
+class _Weights:
+    """A version of the weights: the network, for prompts, and the decode step in C (None: the network's own)."""
 
-    def __init__(self, model: Hybrid, config: EngineConfig | None = None) -> None:
+    model: Hybrid
+    decoder: Decoder | None
+
+
+class HybridEngine(LocalEngine[_Weights]):
+    """The Engine over `model.network.Hybrid`, which serves nothing before it has weights: given here, or by `prepare`
+    and `commit`. New ones take effect between two bursts."""
+
+    def __init__(
+        self, network: ModelConfig, config: EngineConfig | None = None, weights: WeightSource | None = None
+    ) -> None:
         self._config = config or EngineConfig()
         super().__init__(self._config.context)
-        self._network = model.config
-        self._model = model.eval()
+        self._network = network
+        self._weights = None if weights is None else self._built(list(weights))
         self._cache = Cache.empty(self._network, self._config.slots, 2 * self._config.context)
         self._free = list(range(self._config.slots))[::-1]
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
@@ -75,7 +89,8 @@ class HybridEngine(LocalEngine[Hybrid]):
 
     def stats(self) -> Mapping[str, Any]:
         """See Engine.stats."""
-        return {**super().stats(), "sessions": len(self._sessions)}
+        decoder = None if self._weights is None else self._weights.decoder
+        return {**super().stats(), "sessions": len(self._sessions), "kernels": decoder.tier if decoder else TORCH}
 
     # -- the loop
 
@@ -177,25 +192,49 @@ class HybridEngine(LocalEngine[Hybrid]):
     def _compute(self, admitted: list[Request]) -> None:
         """Prefill what was admitted, then up to `burst` decode steps of everything active."""
         self._switch()
-        self._prefill(admitted)
+        if self._weights is None:
+            raise RuntimeError("the engine has no weights yet: prepare and commit some")
+        self._prefill(self._weights.model, admitted)
         active = [request for request in self._active if request.finish is None]
-        if not active:
+        if self._weights.decoder is not None:
+            self._decode(self._weights.decoder, active)
             return
         for part in [[request] for request in active] if self._config.deterministic else [active]:
-            self._decode(part)
+            self._decode_plain(self._weights.model, part)
 
-    def _decode(self, requests: list[Request]) -> None:
-        """Up to `burst` tokens for each request, on a copy of their rows."""
-        rows = torch.tensor([request.row for request in requests])
-        reach = min(self._config.context, max(len(request.ids) for request in requests) + self._config.burst) + 1
-        work = self._cache.select(rows, reach)
+    def _decode(self, decoder: Decoder, requests: list[Request]) -> None:
+        """Up to `burst` tokens for each request, in place; no row's numbers depend on the others."""
+        for _ in range(self._config.burst):
+            going = [request for request in requests if request.finish is None]
+            if not going:
+                break
+            ids = torch.tensor([request.ids[-1] for request in going])
+            rows = torch.tensor([request.row for request in going])
+            self._draw(going, decoder.step(ids, rows, self._cache, torch.get_num_threads()))
+
+    def _decode_plain(self, model: Hybrid, requests: list[Request]) -> None:
+        """The same in PyTorch, on a copy of the rows."""
+        rows = torch.tensor([request.row for request in requests], dtype=torch.int64)
+        longest = max((len(request.ids) for request in requests), default=0)
+        work = self._cache.select(rows, min(self._config.context, longest + self._config.burst) + 1)
         for _ in range(self._config.burst):
             if all(request.finish is not None for request in requests):
                 break
-            self._step(requests, work)
+            ids = torch.tensor([[request.ids[-1]] for request in requests])
+            moves = torch.tensor([int(request.finish is None) for request in requests])
+            self._draw(requests, model.logits(model(ids, moves, work)[:, 0]))
         self._cache.write(rows, work)
 
-    def _prefill(self, admitted: list[Request]) -> None:
+    def _draw(self, requests: list[Request], logits: torch.Tensor) -> None:
+        """One token for every request that has not finished, from logits float32[requests, vocabulary]."""
+        self._counts["steps"] += 1
+        for request, token, logprob in zip(requests, *draw_for(requests, logits), strict=True):
+            if request.finish is None:
+                self._sessions[request.session].ids.append(request.ids[-1])
+                request.take(token, logprob, self.version, self._config.context)
+                self._counts["drawn"] += 1
+
+    def _prefill(self, model: Hybrid, admitted: list[Request]) -> None:
         """Bring every admitted row up to all of its ids but the last; equal fresh prompts are computed once."""
         first: dict[tuple[int, ...], Request] = {}
         copies: list[tuple[int, int]] = []
@@ -209,14 +248,14 @@ class HybridEngine(LocalEngine[Hybrid]):
         size = 1 if self._config.deterministic else 64
         todo.sort(key=lambda request: len(request.ids) - len(self._sessions[request.session].ids))
         for start in range(0, len(todo), size):
-            self._prefill_together(todo[start : start + size])
+            self._prefill_together(model, todo[start : start + size])
         if copies:
             to, source = (torch.tensor(part) for part in zip(*copies, strict=True))
             self._cache.write(to, self._cache.select(source))
         for request in admitted:
             self._sessions[request.session].ids = request.ids[:-1]
 
-    def _prefill_together(self, requests: list[Request]) -> None:
+    def _prefill_together(self, model: Hybrid, requests: list[Request]) -> None:
         news = [request.ids[len(self._sessions[request.session].ids) : -1] for request in requests]
         longest = max(len(new) for new in news)
         if longest == 0:
@@ -226,31 +265,23 @@ class HybridEngine(LocalEngine[Hybrid]):
         lengths = torch.tensor([len(new) for new in news])
         room = max(len(request.ids) for request in requests) + longest
         work = self._cache.select(rows, min(room, self._cache.capacity))
-        self._model(ids, lengths, work)
+        model(ids, lengths, work)
         self._cache.write(rows, work)
         self._counts["prefilled"] += int(lengths.sum())
 
-    def _step(self, requests: list[Request], work: Cache) -> None:
-        """One token for every request that has not finished; row i of `work` is that of request i."""
-        ids = torch.tensor([[request.ids[-1]] for request in requests])
-        moves = torch.tensor([int(request.finish is None) for request in requests])
-        logits = self._model.logits(self._model(ids, moves, work)[:, 0])
-        self._counts["steps"] += 1
-        for request, token, logprob in zip(requests, *draw_for(requests, logits), strict=True):
-            if request.finish is None:
-                self._sessions[request.session].ids.append(request.ids[-1])
-                request.take(token, logprob, self.version, self._config.context)
-                self._counts["drawn"] += 1
-
     # -- weights
 
-    def _built(self, weights: list[tuple[str, torch.Tensor]]) -> Hybrid:
+    @torch.no_grad()
+    def _built(self, weights: list[tuple[str, torch.Tensor]]) -> _Weights:
         model = empty(self._network)
         model.load_weights(weights)
-        return model.eval()
+        given = dict(weights)
+        native = library() if fits(self._network) else None
+        decoder = None if native is None else Decoder(native, self._network, {**take_modelopt(given), **given})
+        return _Weights(model.eval(), decoder)
 
-    def _use(self, built: Hybrid) -> None:
-        self._model = built
+    def _use(self, built: _Weights) -> None:
+        self._weights = built
 
 
 def empty(config: ModelConfig) -> Hybrid:

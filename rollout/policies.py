@@ -30,8 +30,9 @@ def model(path: str) -> TokenPolicy:
             f"policy model:{path}: trained with another tokenizer ({trained_with[:12]}) than this package ships "
             f"({tokenizer.sha256[:12]})"
         )
-    network.load_weights(list(network.weights()))
-    return TokenPolicy(NemotronRenderer(tokenizer), HybridEngine(network), _digest(folder))
+    return TokenPolicy(
+        NemotronRenderer(tokenizer), HybridEngine(network.config, weights=network.weights()), _digest(folder)
+    )
 
 
 def transformers(path: str) -> TokenPolicy:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from palaestra.gym.types import Sampling
+from palaestra.kernels.native import Library, library, pointer
 
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
@@ -43,18 +44,42 @@ def draw(
     int64[n] and float32[n], the natural log-probabilities under the distribution really sampled; a greedy row
     (temperature 0) reports its token's log-probability at temperature 1.
     """
-    temperatures = torch.tensor([sampling.temperature or 1.0 for sampling in samplings], device=logits.device)
-    scores = logits / temperatures[:, None]
-    for row, sampling in enumerate(samplings):
-        if sampling.pruning():
-            scores[row] = prune(scores[row], sampling, histories[row])
-    logprobs = torch.log_softmax(scores, -1)
+    temperatures = torch.tensor([sampling.temperature for sampling in samplings])
+    pruned = [row for row, sampling in enumerate(samplings) if sampling.pruning()]
+    if pruned:
+        logits = logits.clone()
+    for row in pruned:
+        scores = logits[row] / (samplings[row].temperature or 1.0)
+        logits[row] = prune(scores, samplings[row], histories[row])
+        temperatures[row] = float(samplings[row].temperature > 0)  # they are scaled already
+    native = library() if logits.device.type == "cpu" else None
+    return _invert(logits, temperatures, uniform) if native is None else _native(native, logits, temperatures, uniform)
+
+
+def _invert(logits: Tensor, temperatures: Tensor, uniform: NDArray[np.float64]) -> tuple[Tensor, Tensor]:
+    """The draws in PyTorch."""
+    temperatures = temperatures.to(logits.device)
+    logprobs = torch.log_softmax(logits / torch.where(temperatures > 0, temperatures, 1.0)[:, None], -1)
     cumulative = logprobs.double().exp().cumsum(-1)
     target = torch.from_numpy(uniform).to(logits.device) * cumulative[:, -1]
     ids = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
-    greedy = torch.tensor([sampling.temperature == 0 for sampling in samplings], device=logits.device)
-    ids = torch.where(greedy, scores.argmax(-1), ids)
+    ids = torch.where(temperatures > 0, ids, logits.argmax(-1))
     return ids, logprobs.gather(1, ids[:, None]).squeeze(-1)
+
+
+def _native(
+    native: Library, logits: Tensor, temperatures: Tensor, uniform: NDArray[np.float64]
+) -> tuple[Tensor, Tensor]:
+    """The draws in C."""
+    count, width = logits.shape
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    at = torch.from_numpy(np.ascontiguousarray(uniform))
+    ids, logprobs = torch.empty(count, dtype=torch.int64), torch.empty(count)
+    places = pointer(temperatures), pointer(at), pointer(ids), pointer(logprobs)
+    if native.draw(logits.data_ptr(), logits.stride(0), width, count, *places, torch.get_num_threads()):
+        raise MemoryError(f"no memory for {count} draws of {width} tokens")
+    return ids, logprobs
 
 
 def prune(scores: Tensor, sampling: Sampling, history: Sequence[int]) -> Tensor:

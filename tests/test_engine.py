@@ -7,11 +7,14 @@ import asyncio
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from palaestra.gym.outcome import Cause, Failure
 from palaestra.gym.types import Sampling
 from palaestra.model.config import ModelConfig
 from palaestra.model.network import Hybrid
+from palaestra.rollout import hybrid_engine, sampler
 from palaestra.rollout.hybrid_engine import EngineConfig, HybridEngine
 from palaestra.rollout.sampler import draw, prune, uniforms
 
@@ -19,7 +22,7 @@ CONFIG = ModelConfig(
     hybrid_override_pattern="ME*E",
     vocab_size=48,
     hidden_size=32,
-    head_dim=8,
+    head_dim=16,
     mamba_head_dim=16,
     ssm_state_size=16,
     n_routed_experts=4,
@@ -39,6 +42,20 @@ def model(seed: int = 0) -> Hybrid:
     return built.eval()
 
 
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def kernels(request, monkeypatch):
+    """Decoding and drawing in C, and in PyTorch, as where no compiler was."""
+    if request.param == "torch":
+        for module in (hybrid_engine, sampler):
+            monkeypatch.setattr(module, "library", lambda: None)
+    return request.param
+
+
+def engine_over(network: Hybrid, config: EngineConfig | None = None) -> HybridEngine:
+    """On the float32 weights themselves."""
+    return HybridEngine(network.config, config, network.weights(nvfp4=False))
+
+
 def prompts(count: int, seed: int = 1) -> list[list[int]]:
     generator = np.random.default_rng(seed)
     return [generator.integers(0, 48, generator.integers(1, 30)).tolist() for _ in range(count)]
@@ -53,7 +70,7 @@ def expected(network: Hybrid, ids: list[int], start: int) -> torch.Tensor:
 @pytest.mark.parametrize("deterministic", [False, True])
 async def test_logprobs_are_those_of_a_full_forward_pass_through_turns_and_evictions(deterministic):
     network = model()
-    engine = HybridEngine(network, EngineConfig(slots=6, deterministic=deterministic, burst=3))
+    engine = engine_over(network, EngineConfig(slots=6, deterministic=deterministic, burst=3))
 
     async def talk(number: int, ids: list[int]) -> None:
         for turn in range(3):
@@ -71,7 +88,7 @@ async def test_logprobs_are_those_of_a_full_forward_pass_through_turns_and_evict
 
 async def test_a_deterministic_engine_draws_the_same_whatever_shares_its_batch():
     async def play(order: list[int]) -> dict[int, list[int]]:
-        engine = HybridEngine(model(), EngineConfig(slots=5, deterministic=True, burst=2))
+        engine = engine_over(model(), EngineConfig(slots=5, deterministic=True, burst=2))
         texts = prompts(8)
         drawn: dict[int, list[int]] = {}
 
@@ -90,7 +107,7 @@ async def test_a_deterministic_engine_draws_the_same_whatever_shares_its_batch()
 
 async def test_a_deterministic_engine_draws_the_same_whether_or_not_a_row_is_given_up_meanwhile():
     async def play(slots: int) -> list[list[int]]:
-        engine = HybridEngine(model(), EngineConfig(slots=slots, deterministic=True, burst=2))
+        engine = engine_over(model(), EngineConfig(slots=slots, deterministic=True, burst=2))
         talks, seen = prompts(4), []
 
         async def turn(n: int, session: str, seed: int) -> None:
@@ -109,7 +126,7 @@ async def test_a_deterministic_engine_draws_the_same_whether_or_not_a_row_is_giv
 
 
 async def test_a_session_costs_only_its_new_tokens_and_a_shared_prompt_is_computed_once():
-    engine = HybridEngine(model())
+    engine = engine_over(model())
     ids = list(range(20))
     first = await asyncio.gather(*(engine.generate(ids, Sampling(max_tokens=2, seed=n), f"s{n}") for n in range(8)))
     assert engine.stats()["prefilled"] == 19
@@ -118,7 +135,7 @@ async def test_a_session_costs_only_its_new_tokens_and_a_shared_prompt_is_comput
 
 
 async def test_a_fork_goes_on_from_a_copy():
-    engine = HybridEngine(model())
+    engine = engine_over(model())
     ids = list(range(20))
     drawn = (await engine.generate(ids, Sampling(max_tokens=2, seed=1), "a")).ids.tolist()
     await engine.fork("a", "b")
@@ -132,7 +149,7 @@ async def test_a_fork_goes_on_from_a_copy():
 
 
 async def test_cancel_ends_a_generation_and_leaves_the_others():
-    engine = HybridEngine(model(), EngineConfig(burst=1))
+    engine = engine_over(model(), EngineConfig(burst=1))
     long = asyncio.create_task(engine.generate([1, 2], Sampling(max_tokens=400, seed=1), "long"))
     short = asyncio.create_task(engine.generate([1, 2], Sampling(max_tokens=20, seed=2), "short"))
     await asyncio.sleep(0.05)
@@ -144,7 +161,7 @@ async def test_cancel_ends_a_generation_and_leaves_the_others():
 
 
 async def test_an_update_in_flight_is_recorded_by_span_and_really_switches():
-    engine = HybridEngine(model(), EngineConfig(burst=2))
+    engine = engine_over(model(), EngineConfig(burst=2))
     other = model(seed=7)
     task = asyncio.create_task(engine.generate([1, 2, 3], Sampling(max_tokens=200, seed=3), "s"))
     await asyncio.sleep(0.05)
@@ -162,8 +179,18 @@ async def test_an_update_in_flight_is_recorded_by_span_and_really_switches():
     torch.testing.assert_close(torch.from_numpy(fresh.logprobs), expected(seen, ids, 3), atol=1e-5, rtol=1e-5)
 
 
+async def test_an_engine_says_what_it_decodes_with_and_serves_nothing_before_it_has_weights(kernels):
+    engine = HybridEngine(CONFIG)
+    with pytest.raises(Failure, match="the engine has no weights yet"):
+        await engine.generate([1, 2], Sampling(max_tokens=3), "a")
+    await engine.prepare(model().weights(), 1)
+    await engine.commit(1)
+    assert len((await engine.generate([1, 2], Sampling(max_tokens=3, seed=1), "b")).ids) == 3
+    assert (engine.stats()["kernels"] == "torch") == (kernels == "torch")
+
+
 async def test_stop_ids_context_and_too_long_a_prompt():
-    engine = HybridEngine(model(), EngineConfig(context=40))
+    engine = engine_over(model(), EngineConfig(context=40))
     everything = Sampling(max_tokens=100, seed=1, stop_ids=tuple(range(48)))
     stopped = await engine.generate([1], everything, "a")
     assert (stopped.finish_reason, len(stopped.ids)) == ("stop", 1)
@@ -176,7 +203,7 @@ async def test_stop_ids_context_and_too_long_a_prompt():
 
 
 async def test_a_broken_engine_is_the_model_servers_failure_and_the_next_request_is_served():
-    engine = HybridEngine(model())
+    engine = engine_over(model())
     with pytest.raises(Failure) as caught:
         await engine.generate([1, 4800], Sampling(max_tokens=3), "a")
     assert caught.value.cause is Cause.MODEL_SERVER
@@ -201,6 +228,9 @@ def test_greedy_and_pruned_draws():
     ids, logprobs = draw(logits, [Sampling(temperature=0)], np.array([0.99]), [[]])
     assert ids.item() == 1
     torch.testing.assert_close(logprobs, logits.log_softmax(-1)[:, 1])
+    ids, logprobs = draw(logits, [Sampling(temperature=0.5, top_k=2)], np.array([0.95]), [[]])
+    assert ids.item() == 2
+    torch.testing.assert_close(logprobs, (logits[:, 1:3] / 0.5).log_softmax(-1)[:, 1])
 
     def kept(history=(), **settings):
         return torch.isfinite(prune(logits[0], Sampling(**settings), list(history))).nonzero().flatten().tolist()
@@ -209,3 +239,29 @@ def test_greedy_and_pruned_draws():
     assert kept(top_p=0.7) == [1, 2]
     assert kept(min_p=0.2) == [1, 2]
     assert prune(logits[0], Sampling(frequency_penalty=2.0, presence_penalty=1.0), [1, 1]).argmax().item() == 2
+
+
+@given(
+    width=st.integers(1, 600),
+    temperatures=st.lists(st.floats(0, 3).filter(lambda t: not 0 < t < 0.05), min_size=1, max_size=6),
+    spread=st.floats(0, 30),
+    masked=st.floats(0, 0.9),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_draws_are_those_of_a_float64_distribution(width, temperatures, spread, masked, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(len(temperatures), width, generator=generator) * spread
+    hidden = torch.rand(logits.shape, generator=generator) < masked
+    hidden[:, seed % width] = False
+    logits[hidden] = -torch.inf
+    uniform = torch.rand(len(temperatures), generator=generator, dtype=torch.float64).numpy()
+    ids, logprobs = draw(logits, [Sampling(temperature=t) for t in temperatures], uniform, [[]] * len(temperatures))
+    for row, temperature in enumerate(temperatures):
+        exact = torch.log_softmax(logits[row].double() / (temperature or 1.0), -1)
+        assert logprobs[row] == pytest.approx(float(exact[ids[row]]), abs=1e-4, rel=1e-5)
+        if not temperature:
+            assert ids[row] == logits[row].argmax()
+            continue
+        above = float(exact[: ids[row] + 1].exp().sum())
+        assert above - float(exact[ids[row]].exp()) - 1e-5 <= uniform[row] <= above + 1e-5

@@ -26,7 +26,8 @@ SETTINGS = Sampling(max_tokens=60, seed=1)
 def babbler():
     """A policy of fresh weights: its text ends only at the limit, as good as always."""
     torch.manual_seed(0)
-    return TokenPolicy(NemotronRenderer(Tokenizer.load()), HybridEngine(Hybrid(PRESETS["tiny"])))
+    model = Hybrid(PRESETS["tiny"])
+    return TokenPolicy(NemotronRenderer(Tokenizer.load()), HybridEngine(model.config, weights=model.weights()))
 
 
 async def reply(policy, name: str, session: str, **settings) -> Completion:

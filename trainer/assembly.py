@@ -21,7 +21,7 @@ from palaestra.model.renderer import NemotronRenderer
 from palaestra.model.template import TemplateRenderer
 from palaestra.model.tokenizer import Tokenizer
 from palaestra.rollout.engine import Engine
-from palaestra.rollout.hybrid_engine import EngineConfig, HybridEngine, empty
+from palaestra.rollout.hybrid_engine import EngineConfig, HybridEngine
 from palaestra.rollout.policy import TokenPolicy
 from palaestra.rollout.transformers_engine import TransformersEngine
 from palaestra.rollout.worker import Worker
@@ -74,7 +74,7 @@ def hybrid_engine(config: ModelConfig, engine: EngineConfig, threads: int = 0) -
     """An engine of ours that waits for weights; `threads` for torch in its process (0: as it is)."""
     if threads:
         torch.set_num_threads(threads)
-    return HybridEngine(empty(config), engine)
+    return HybridEngine(config, engine)
 
 
 def foreign_engine(path: str, engine: EngineConfig, threads: int = 0) -> Engine:

@@ -1,0 +1,79 @@
+/* AVX2 with FMA and F16C: vectors of eight floats. */
+#include "records.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#include <immintrin.h>
+
+#define LANES 8
+#define ROWS 5       /* rows of x that one pass takes */
+#define CHAINS 12     /* vectors of sums that keep it busy */
+#define CODE_ROWS 2  /* the same for NVFP4, whose codes are unpacked on the way; with more rows they are first */
+#define CODE_CHAINS 4
+
+typedef float vec __attribute__((vector_size(32)));
+typedef int32_t ivec __attribute__((vector_size(32)));
+
+/* Twice the values of eight codes a lane, a byte each: those of the even nibbles, those of the odd ones. */
+typedef struct {
+    __m256i even, odd;
+} nibbles;
+
+#include "vectors.h"
+
+INLINE nibbles codes_load(const uint32_t *words) {
+    const __m256i low = _mm256_set1_epi8(15), found = _mm256_loadu_si256((const __m256i *)words);
+    const __m256i table = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
+    nibbles split = {_mm256_shuffle_epi8(table, _mm256_and_si256(found, low)),
+                     _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi32(found, 4), low))};
+    return split;
+}
+
+INLINE vec codes_at(nibbles words, int at) { /* a byte at the top of a lane: 2^24 times its value */
+    __m256i bytes = _mm256_slli_epi32(at & 1 ? words.odd : words.even, 24 - 8 * (at >> 1));
+    return (vec)_mm256_cvtepi32_ps(_mm256_and_si256(bytes, _mm256_set1_epi32(-(1 << 24))));
+}
+#define CODES_UNIT 0x1p-25f
+
+/* Lane by lane the dot product of 16 codes, twice their values plus the offset, with 16 bytes. */
+#define CODES_OFFSET 12
+INLINE ivec block_dot(const uint32_t *words, const int8_t *x) {
+    const __m256i low = _mm256_set1_epi8(15);
+    const __m256i table = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+    __m256i total = _mm256_setzero_si256();
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+        const __m256i found = _mm256_loadu_si256((const __m256i *)(words + half * TILE));
+        __m256i even = _mm256_shuffle_epi8(table, _mm256_and_si256(found, low));
+        __m256i odd = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi32(found, 4), low));
+        total = _mm256_add_epi16(total, _mm256_maddubs_epi16(even, _mm256_set1_epi32(four_of(x + 8 * half))));
+        total = _mm256_add_epi16(total, _mm256_maddubs_epi16(odd, _mm256_set1_epi32(four_of(x + 8 * half + 4))));
+    }
+    return (ivec)_mm256_madd_epi16(total, _mm256_set1_epi16(1));
+}
+
+INLINE vec e4m3(const uint8_t *codes) { /* as half-precision numbers with another exponent bias */
+    __m128i wide = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i *)codes));
+    __m128i sign = _mm_slli_epi16(_mm_srli_epi16(wide, 7), 15);
+    __m128i half = _mm_or_si128(_mm_slli_epi16(_mm_and_si128(wide, _mm_set1_epi16(0x7f)), 7), sign);
+    return (vec)_mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256));
+}
+
+INLINE vec bfloat16(const uint16_t *values) {
+    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)values)), 16);
+}
+
+#include "operations.h"
+
+const struct operations avx2 = {"avx2", multiply, to_bytes, multiply_int8, decode, draw};
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,57 @@
+/* Any machine: vectors of four floats, which compilers map to SSE2 or NEON. */
+#include "records.h"
+
+#define LANES 4
+#define ROWS 2       /* rows of x that one pass takes */
+#define CHAINS 8     /* vectors of sums that keep it busy */
+#define CODE_ROWS 1  /* the same for NVFP4, whose codes are unpacked on the way; with more rows they are first */
+#define CODE_CHAINS 4
+
+typedef float vec __attribute__((vector_size(16)));
+typedef int32_t ivec __attribute__((vector_size(16)));
+
+static const float CODES[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6};
+
+typedef uint32_t nibbles __attribute__((vector_size(16)));
+
+#include "vectors.h"
+
+INLINE nibbles codes_load(const uint32_t *words) {
+    nibbles found;
+    __builtin_memcpy(&found, words, sizeof found);
+    return found;
+}
+
+INLINE vec codes_at(nibbles words, int at) {
+    vec found;
+    for (int lane = 0; lane < LANES; lane++) found[lane] = CODES[words[lane] >> (4 * at) & 15];
+    return found;
+}
+#define CODES_UNIT 1.f
+
+/* Lane by lane the dot product of 16 codes, twice their values, with 16 bytes. */
+#define CODES_OFFSET 0
+INLINE ivec block_dot(const uint32_t *words, const int8_t *x) {
+    static const int PLACES[BLOCK] = {0, 2, 4, 6, 1, 3, 5, 7, 0, 2, 4, 6, 1, 3, 5, 7}; /* of the nibbles, in that order */
+    ivec total = {0};
+    for (int lane = 0; lane < LANES; lane++)
+        for (int i = 0; i < BLOCK; i++)
+            total[lane] += (int)(2 * CODES[words[i / 8 * TILE + lane] >> (4 * PLACES[i]) & 15]) * x[i];
+    return total;
+}
+
+INLINE vec e4m3(const uint8_t *codes) { /* the exponents' bias by a multiplication, which subnormals survive */
+    ivec bits;
+    for (int lane = 0; lane < LANES; lane++) bits[lane] = (codes[lane] & 0x80) << 24 | (codes[lane] & 0x7f) << 20;
+    return (vec)bits * 0x1p120f;
+}
+
+INLINE vec bfloat16(const uint16_t *values) {
+    ivec bits;
+    for (int lane = 0; lane < LANES; lane++) bits[lane] = (int32_t)((uint32_t)values[lane] << 16);
+    return (vec)bits;
+}
+
+#include "operations.h"
+
+const struct operations portable = {"portable", multiply, to_bytes, multiply_int8, decode, draw};

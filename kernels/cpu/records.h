@@ -1,0 +1,108 @@
+/* The records that cross between Python (kernels/native.py mirrors them) and C. All pointers are borrowed. */
+#ifndef RECORDS_H
+#define RECORDS_H
+
+#include <stdint.h>
+
+#define TILE 16  /* rows of a matrix that are computed side by side */
+#define BLOCK 16 /* columns under one NVFP4 scale */
+
+enum kind { NVFP4, FLOAT32, BFLOAT16, FP8 };
+
+/* A weight [16 tiles, columns], the rows beyond those of the original zero.
+   NVFP4: data uint32[tiles][columns / 16][2][16], a word for 8 columns of a row: nibbles 0 to 3 the even columns, 4 to 7
+   the odd ones; scales E4M3 [tiles][columns / 16][16].  Others: data [tiles][columns][16].
+   scale: the global scale of NVFP4 and FP8. */
+struct matrix {
+    const void *data;
+    const uint8_t *scales;
+    float scale;
+    int32_t kind, tiles, columns;
+};
+
+struct mamba {
+    struct matrix in, out;
+    const float *conv, *conv_bias; /* [kernel][width], [width] */
+    const float *dt_bias, *a, *d, *norm; /* [heads], [heads] (negative), [heads], [heads dim] */
+    int32_t heads, dim, state, groups, kernel;
+    float dt_min; /* time steps are clamped from below; 0: as they are */
+};
+
+struct attention {
+    struct matrix qkv, out; /* the rows of q, k, v, one after the other */
+    int32_t heads, kv_heads, dim;
+};
+
+struct mlp {
+    struct matrix up, down;
+};
+
+struct moe {
+    struct matrix gate, into, back; /* into and back: to the latent space and from it; no tiles where there is none */
+    const struct mlp *experts;
+    struct mlp shared;
+    const float *bias; /* [count], of the choice alone */
+    int32_t count, top, groups, top_groups, normalise;
+    float factor;
+};
+
+struct layer {
+    int32_t letter; /* of the pattern: M * E - */
+    const float *norm; /* [hidden] */
+    const void *mixer;
+};
+
+struct model {
+    const struct layer *layers;
+    const float *embeddings, *norm; /* [vocabulary][hidden], [hidden] */
+    struct matrix head;
+    int32_t count, hidden;
+    float eps;
+};
+
+/* Per layer, [rows] of: M: first [kernel - 1][conv width] the last inputs, second [heads][dim][state];
+   *: first, second [kv heads][capacity][dim] keys and values. */
+struct past {
+    float *first, *second;
+};
+
+struct cache {
+    const struct past *layers;
+    int64_t capacity;
+};
+
+/* Conversations that move on by a token each: what they read, their rows in the cache, how many tokens those hold. */
+struct batch {
+    const int64_t *ids, *rows, *lengths;
+    float *logits; /* [count][stride] */
+    int64_t count, stride;
+};
+
+/* 16 activations as int8, in the order in which the kernels meet the columns; what the offset of the weights' codes adds to
+   every dot product with them; their scale. */
+struct bytes {
+    int8_t values[BLOCK];
+    int32_t offset;
+    float scale;
+    int32_t unused[2];
+};
+
+/* What a tier of instructions offers. */
+struct operations {
+    const char *name;
+    void (*multiply)(const struct matrix *w, long tile, long last, const float *x, long stride, long rows, float *y,
+                     long y_stride);
+    void (*to_bytes)(const float *x, long blocks, struct bytes *to);
+    void (*multiply_int8)(const struct matrix *w, long tile, long last, const struct bytes *x, long rows, float *y,
+                          long y_stride);
+    void (*decode)(const struct model *model, const struct cache *cache, const struct batch *batch, float *scratch);
+    void (*draw)(const float *logits, long width, float temperature, double uniform, int64_t *id, float *logprob,
+                 float *scratch);
+};
+
+#if defined(__x86_64__)
+extern const struct operations avx2, avx512;
+#endif
+extern const struct operations portable;
+
+#endif

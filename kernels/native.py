@@ -1,0 +1,168 @@
+"""The C library: found beside this file if a compiler was there when the package was built, called through ctypes.
+
+It has a tier of code for each set of instructions and takes the best that the machine has. PALAESTRA_KERNELS names one
+(`avx512`, `avx2`, `portable`), or `torch`: none, everything in PyTorch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import warnings
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_long, c_void_p
+from pathlib import Path
+
+from torch import Tensor
+
+VARIABLE = "PALAESTRA_KERNELS"
+TORCH = "torch"
+FILE = Path(__file__).parent / "_cpu.so"
+TILE = 16
+"""Rows of a packed matrix that lie side by side."""
+
+
+class Matrix(Structure):
+    """`struct matrix` of cpu/records.h, as are those below."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        ("scales", c_void_p),
+        ("scale", c_float),
+        ("kind", c_int32),
+        ("tiles", c_int32),
+        ("columns", c_int32),
+    )
+
+
+class Mamba(Structure):
+    """The parts of a Mamba-2 mixer."""
+
+    _fields_ = (
+        ("into", Matrix),
+        ("out", Matrix),
+        *((name, c_void_p) for name in ("conv", "conv_bias", "dt_bias", "a", "d", "norm")),
+        *((name, c_int32) for name in ("heads", "dim", "state", "groups", "kernel")),
+        ("dt_min", c_float),
+    )
+
+
+class Attention(Structure):
+    """The parts of an attention mixer."""
+
+    _fields_ = (("qkv", Matrix), ("out", Matrix), ("heads", c_int32), ("kv_heads", c_int32), ("dim", c_int32))
+
+
+class MLP(Structure):
+    """The parts of an MLP, or of an expert."""
+
+    _fields_ = (("up", Matrix), ("down", Matrix))
+
+
+class MoE(Structure):
+    """The parts of a mixture of experts."""
+
+    _fields_ = (
+        *((name, Matrix) for name in ("gate", "into", "back")),
+        ("experts", POINTER(MLP)),
+        ("shared", MLP),
+        ("bias", c_void_p),
+        *((name, c_int32) for name in ("count", "top", "groups", "top_groups", "normalise")),
+        ("factor", c_float),
+    )
+
+
+class Layer(Structure):
+    """One layer: its letter, norm and mixer."""
+
+    _fields_ = (("letter", c_int32), ("norm", c_void_p), ("mixer", c_void_p))
+
+
+class Model(Structure):
+    """A whole model."""
+
+    _fields_ = (
+        ("layers", POINTER(Layer)),
+        ("embeddings", c_void_p),
+        ("norm", c_void_p),
+        ("head", Matrix),
+        ("count", c_int32),
+        ("hidden", c_int32),
+        ("eps", c_float),
+    )
+
+
+class Past(Structure):
+    """What one layer keeps of all conversations."""
+
+    _fields_ = (("first", c_void_p), ("second", c_void_p))
+
+
+class Cache(Structure):
+    """What all layers keep."""
+
+    _fields_ = (("layers", POINTER(Past)), ("capacity", c_int64))
+
+
+class Batch(Structure):
+    """Conversations that move on by one token."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("ids", "rows", "lengths", "logits")),
+        ("count", c_int64),
+        ("stride", c_int64),
+    )
+
+
+ARGUMENTS = {
+    "pack_nvfp4": (c_void_p, c_void_p, c_long, c_long, c_void_p, c_void_p),
+    "pack": (c_void_p, c_long, c_long, c_long, c_void_p),
+    "multiply": (POINTER(Matrix), c_void_p, c_long, c_void_p, c_long),
+    "multiply_int8": (POINTER(Matrix), c_void_p, c_long, c_void_p, c_long),
+    "decode": (POINTER(Model), POINTER(Cache), POINTER(Batch), c_long),
+    "draw": (c_void_p, c_long, c_long, c_long, c_void_p, c_void_p, c_void_p, c_void_p, c_long),
+}
+
+
+class Library:
+    """The C functions, and the tier that they use."""
+
+    def __init__(self, file: Path, tier: str | None) -> None:
+        code = ctypes.CDLL(str(file))
+        use = code.palaestra_use
+        use.argtypes, use.restype = (c_char_p,), c_char_p
+        found: bytes | None = use(tier.encode() if tier else None)
+        if found is None:
+            raise ValueError(f"{VARIABLE}={tier}: this machine has no such tier; leave it out, or set {TORCH}")
+        self.tier = found.decode()
+        for name, arguments in ARGUMENTS.items():
+            getattr(code, f"palaestra_{name}").argtypes = arguments
+        code.palaestra_pack.restype = code.palaestra_pack_nvfp4.restype = code.palaestra_multiply.restype = None
+        self.pack, self.pack_nvfp4 = code.palaestra_pack, code.palaestra_pack_nvfp4
+        self.multiply, self.multiply_int8 = code.palaestra_multiply, code.palaestra_multiply_int8
+        self.decode, self.draw = code.palaestra_decode, code.palaestra_draw
+
+
+@functools.cache
+def library() -> Library | None:
+    """The library, or None (with one warning, unless it was asked for) where everything runs in PyTorch.
+
+    Raises ValueError for a tier that this machine does not have.
+    """
+    wanted = os.environ.get(VARIABLE) or None
+    if wanted == TORCH:
+        return None
+    if not FILE.exists():
+        warnings.warn(
+            "palaestra was installed without a C compiler: its kernels run in PyTorch, several times slower. "
+            "Install gcc, then palaestra again.",
+            stacklevel=2,
+        )
+        return None
+    return Library(FILE, wanted)
+
+
+def pointer(tensor: Tensor) -> int:
+    """Where a contiguous tensor's first value lies."""
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()

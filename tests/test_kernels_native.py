@@ -1,0 +1,252 @@
+"""The C kernels against PyTorch in float64, in every tier that this machine has."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from palaestra.kernels import fp8, nvfp4
+from palaestra.kernels.layouts import take_modelopt
+from palaestra.kernels.linear import linear, linear_plain, pack
+from palaestra.kernels.native import FILE, Library, library
+from palaestra.model.cache import Cache
+from palaestra.model.config import ModelConfig
+from palaestra.model.decoder import Decoder
+from palaestra.model.network import Hybrid
+
+KINDS = {
+    "nvfp4": nvfp4.quantize,
+    "fp8": fp8.quantize,
+    "float32": lambda weight: weight,
+    "bf16": lambda weight: weight.bfloat16(),
+}
+SMALL = {
+    "vocab_size": 56,
+    "hidden_size": 32,
+    "head_dim": 16,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 48,
+    "intermediate_size": 64,
+}
+CONFIGS = {
+    "latent": {"hybrid_override_pattern": "ME*E", "moe_latent_size": 16},
+    "plain experts, router groups": {
+        "hybrid_override_pattern": "EM",
+        "n_group": 2,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": False,
+    },
+    "Mamba groups, wide kernel, clamp": {
+        "hybrid_override_pattern": "MM-",
+        "n_groups": 2,
+        "conv_kernel": 6,
+        "hf_dt_clamp": True,
+    },
+    "one key and value head": {"hybrid_override_pattern": "*-*", "num_key_value_heads": 1},
+}
+
+
+def tiers() -> list[str]:
+    """Those of this machine, the best first."""
+    found = []
+    for name in ("avx512", "avx2", "portable"):
+        try:
+            Library(FILE, name)
+        except ValueError:
+            continue
+        found.append(name)
+    return found
+
+
+@pytest.fixture(params=tiers())
+def tier(request):
+    yield Library(FILE, request.param)
+    Library(FILE, None)
+
+
+def test_the_library_was_built_and_takes_the_best_tier():
+    found = library()
+    assert found is not None
+    assert found.tier == tiers()[0]
+    assert "portable" in tiers()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    blocks=st.integers(1, 40),
+    batch=st.integers(1, 20),
+    kind=st.sampled_from(sorted(KINDS)),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_products_are_those_of_float64(rows, blocks, batch, kind, threads, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = KINDS[kind](torch.randn(rows, 16 * blocks, generator=generator))
+    x = torch.randn(batch, 16 * blocks, generator=generator)
+    expected = linear_plain(x, weight).double()
+    for name in tiers():
+        found = linear(Library(FILE, name), x, pack(Library(FILE, name), weight), threads)
+        assert found.shape == expected.shape
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+@settings(max_examples=15, deadline=None)
+@given(rows=st.integers(1, 40), blocks=st.integers(1, 40), batch=st.integers(1, 9), seed=st.integers(0, 2**31))
+def test_products_with_int8_activations_are_within_their_rounding(rows, blocks, batch, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = nvfp4.quantize(torch.randn(rows, 16 * blocks, generator=generator))
+    x = torch.randn(batch, 16 * blocks, generator=generator)
+    steps = (x.unflatten(-1, (-1, 16)).abs().amax(-1, keepdim=True) / 127).expand(-1, -1, 16).flatten(-2)
+    bound = steps @ nvfp4.dequantize(weight).abs().T * 0.501 + 1e-6
+    for name in tiers():
+        of = Library(FILE, name)
+        found = linear(of, x, pack(of, weight), int8=True)
+        assert ((found - linear_plain(x, weight)).abs() <= bound).all()
+        if rows * batch >= 100:
+            assert (found - linear_plain(x, weight)).norm() <= 1e-2 * linear_plain(x, weight).norm()
+
+
+def test_a_row_is_the_same_number_whatever_stands_beside_it_and_however_many_threads(tier):
+    for kind, make in KINDS.items():
+        packed = pack(tier, make(torch.randn(40, 1040)))  # more columns than are unpacked at once
+        x = torch.randn(27, 1040)
+        together = linear(tier, x, packed, threads=2)
+        for count in range(1, 14):
+            assert torch.equal(linear(tier, x[:count], packed), together[:count]), kind
+    together = linear(tier, x, packed := pack(tier, nvfp4.quantize(torch.randn(40, 1040))), threads=2, int8=True)
+    for count in range(1, 10):
+        assert torch.equal(linear(tier, x[:count], packed, int8=True), together[:count])
+
+
+def test_every_output_is_written_and_nothing_beyond():
+    found = library()
+    packed = pack(found, torch.randn(33, 16))
+    y = torch.full((5, 48 + 1), torch.nan)
+    x = torch.randn(4, 16)
+    found.multiply(packed.record, x.data_ptr(), 4, y.data_ptr(), 1)
+    flat = y.flatten()
+    assert flat[: 4 * 48].isfinite().all()
+    assert flat[4 * 48 :].isnan().all()
+
+
+def test_what_does_not_fit_is_refused():
+    found = library()
+    with pytest.raises(ValueError, match=r"NVFP4, FP8, float32 or bf16; got torch\.int64"):
+        pack(found, torch.zeros(16, 16, dtype=torch.int64))
+    with pytest.raises(ValueError, match="32 columns, and activations of 16"):
+        linear(found, torch.zeros(2, 16), pack(found, torch.zeros(16, 32)))
+    with pytest.raises(ValueError, match="int8 activations need an NVFP4 weight"):
+        linear(found, torch.zeros(2, 32), pack(found, torch.zeros(16, 32)), int8=True)
+
+
+def network(config: ModelConfig) -> Hybrid:
+    torch.manual_seed(3)
+    model = Hybrid(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2 and "conv1d" not in name:
+                parameter.normal_(std=1.5 / parameter.shape[-1] ** 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.1)
+    return model
+
+
+def decoder(of: Library, model: Hybrid) -> Decoder:
+    """For the NVFP4 values of the model's weights, which it sees itself from now on."""
+    given = dict(model.weights())
+    weights = given | take_modelopt(dict(given))
+    model.load_weights(given.items())
+    return Decoder(of, model.config, weights)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_the_decode_step_is_that_of_the_network(tier, name):
+    config = ModelConfig(**SMALL, **CONFIGS[name])
+    model = network(config)
+    step = decoder(tier, model)
+    ours, theirs = Cache.empty(config, 7, 40), Cache.empty(config, 5, 40)
+    rows = torch.tensor([6, 0, 3, 2, 5])
+    for turn in range(40):
+        ids = torch.randint(config.vocab_size, (5,))
+        expected = model.logits(model(ids[:, None], None, theirs)[:, 0])
+        found = step.step(ids, rows, ours, threads=1 + turn % 3)
+        assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
+    assert ours.lengths.tolist() == [40, 0, 40, 40, 0, 40, 40]
+    for index, (first, second) in theirs.layers.items():
+        torch.testing.assert_close(ours.layers[index][0][rows], first, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.layers[index][1][rows], second, rtol=1e-4, atol=1e-4)
+        assert not ours.layers[index][1][[1, 4]].any()
+    with pytest.raises(ValueError, match="holds 40 tokens a row; 41 are needed"):
+        step.step(ids, rows, ours)
+    with pytest.raises(IndexError, match="ids from 0 to 55; got 56"):
+        step.step(torch.tensor([56]), torch.tensor([1]), ours)
+
+
+@torch.no_grad()
+def test_a_conversation_owes_nothing_to_those_beside_it(tier):
+    config = ModelConfig(**SMALL, **CONFIGS["latent"])
+    step = decoder(tier, network(config))
+    together, alone = Cache.empty(config, 20, 8), Cache.empty(config, 20, 8)
+    ids = torch.randint(config.vocab_size, (8, 20))
+    for new in ids:
+        logits = step.step(new, torch.arange(20), together, threads=2)
+        for row in (0, 7, 19):
+            one = step.step(new[row : row + 1], torch.tensor([row]), alone)
+            assert torch.equal(one[0], logits[row])
+
+
+def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **environment},
+    )
+
+
+def test_the_variable_chooses_a_tier_or_none():
+    code = "from palaestra.kernels.native import library; found = library(); print(found and found.tier)"
+    assert in_a_process(code, PALAESTRA_KERNELS="portable").stdout == "portable\n"
+    assert in_a_process(code, PALAESTRA_KERNELS="torch").stdout == "None\n"
+    refused = in_a_process(code, PALAESTRA_KERNELS="neon")
+    assert "PALAESTRA_KERNELS=neon: this machine has no such tier" in refused.stderr
+
+
+def test_a_package_without_the_library_warns_once_and_works():
+    code = (
+        "import pathlib, palaestra.kernels.native as native\n"
+        "native.FILE = pathlib.Path('/nowhere/_cpu.so')\n"
+        "print(native.library(), native.library())"
+    )
+    done = in_a_process(code)
+    assert done.stdout == "None None\n"
+    assert done.stderr.count("palaestra was installed without a C compiler") == 1
+
+
+def test_threads_survive_a_fork():
+    code = (
+        "import os, torch\n"
+        "from palaestra.kernels.linear import linear, pack\n"
+        "from palaestra.kernels.native import library\n"
+        "packed, x = pack(library(), torch.randn(64, 64)), torch.randn(3, 64)\n"
+        "before = linear(library(), x, packed, 2)\n"
+        "if not (child := os.fork()):\n"
+        "    os._exit(0 if torch.equal(linear(library(), x, packed, 2), before) else 1)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
+    )
+    assert in_a_process(code).stdout == "0\n"
