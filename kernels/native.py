@@ -105,10 +105,10 @@ class Cache(Structure):
 
 
 class Batch(Structure):
-    """Conversations that move on by one token."""
+    """Tokens of conversations."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("ids", "rows", "lengths", "logits")),
+        *((name, c_void_p) for name in ("ids", "rows", "lengths", "wanted", "logits")),
         ("count", c_int64),
         ("stride", c_int64),
     )

@@ -1,19 +1,50 @@
-"""The decode step of a whole model as one call into C: its weights packed, its layers as records (cpu/records.h)."""
+"""A model that goes on from cached states: in C, as one call over packed weights, or in PyTorch."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from palaestra.kernels import native
+from palaestra.kernels.layouts import take_modelopt
 from palaestra.kernels.linear import Packed, Weight, pack
-from palaestra.kernels.native import TILE, Library, pointer
+from palaestra.kernels.native import TILE, TORCH, Library, pointer
 from palaestra.model.cache import Cache
 from palaestra.model.config import ModelConfig
+from palaestra.model.network import Hybrid
+
+TOGETHER = 2048
+"""Tokens of prompts that one call computes: so much memory it takes beside the weights."""
+
+
+class Decoder(Protocol):
+    """Continues conversations. `kernels`: what computes. `invariant`: no number depends on what else is in the batch,
+    nor on how a conversation's tokens were divided among calls."""
+
+    kernels: str
+    invariant: bool
+
+    def step(self, ids: Tensor, rows: Tensor, cache: Cache) -> Tensor:
+        """Logits float32[n, vocabulary] after one more token, ids int64[n], of each of the cache's rows int64[n], which
+        are all different. Raises ValueError when the cache is full, IndexError for an id beyond the vocabulary."""
+        ...
+
+    def prefill(self, news: Sequence[Sequence[int]], rows: Sequence[int], cache: Cache) -> None:
+        """Bring the cache's rows forward by new ids each, at least one. Raises as step."""
+        ...
+
+
+def decoder(config: ModelConfig, weights: Mapping[str, Tensor], library: Library | None) -> Decoder:
+    """The fastest for the weights of that configuration, as `Hybrid.weights` gives them."""
+    if library is not None and fits(config):
+        given: dict[str, Tensor] = dict(weights)
+        return NativeDecoder(library, config, {**take_modelopt(given), **given})
+    return PlainDecoder.of(config, weights)
 
 
 def fits(config: ModelConfig) -> bool:
@@ -24,12 +55,50 @@ def fits(config: ModelConfig) -> bool:
     return not any(width % TILE for width in widths)
 
 
-class Decoder:
-    """One token for many conversations. `weights`: every weight under its name on disk, float32 or NVFP4."""
+class PlainDecoder:
+    """In PyTorch, over the network itself, on copies of the rows."""
+
+    kernels = TORCH
+    invariant = False
+
+    def __init__(self, model: Hybrid) -> None:
+        self._model = model.eval()
+
+    @classmethod
+    def of(cls, config: ModelConfig, weights: Mapping[str, Tensor]) -> PlainDecoder:
+        """Over a network with those weights; the global generator is left as it was."""
+        with torch.random.fork_rng(devices=[]):
+            model = Hybrid(config)
+        model.load_weights(weights.items())
+        return cls(model)
+
+    @torch.no_grad()
+    def step(self, ids: Tensor, rows: Tensor, cache: Cache) -> Tensor:
+        """See Decoder.step."""
+        work = cache.select(rows, int(cache.lengths[rows].max()) + 1)
+        logits = self._model.logits(self._model(ids[:, None], None, work)[:, 0])
+        cache.write(rows, work)
+        return logits
+
+    @torch.no_grad()
+    def prefill(self, news: Sequence[Sequence[int]], rows: Sequence[int], cache: Cache) -> None:
+        """See Decoder.prefill."""
+        longest = max(len(new) for new in news)
+        ids = torch.tensor([[*new, *[0] * (longest - len(new))] for new in news])
+        lengths, at = torch.tensor([len(new) for new in news]), torch.tensor(rows)
+        work = cache.select(at, min(int(cache.lengths[at].max()) + longest, cache.capacity))
+        self._model(ids, lengths, work)
+        cache.write(at, work)
+
+
+class NativeDecoder:
+    """In C. `weights`: every weight under its name on disk, float32 or NVFP4."""
+
+    invariant = True
 
     def __init__(self, library: Library, config: ModelConfig, weights: Mapping[str, Weight]) -> None:
+        self.kernels = library.tier
         self._library = library
-        self.tier = library.tier
         self._config = config
         self._weights = weights
         self._kept: list[Any] = []  # what the records point to
@@ -45,24 +114,35 @@ class Decoder:
             eps=config.layer_norm_epsilon,
         )
 
-    def step(self, ids: Tensor, rows: Tensor, cache: Cache, threads: int = 1) -> Tensor:
-        """Logits float32[n, vocabulary] after one more token, ids int64[n], of each of the cache's rows int64[n], which
-        are all different. Raises ValueError when the cache is full, IndexError for an id beyond the vocabulary."""
+    def step(self, ids: Tensor, rows: Tensor, cache: Cache) -> Tensor:
+        """See Decoder.step."""
+        return self._run(ids, rows, cache.lengths[rows], torch.ones(len(ids), dtype=torch.uint8), cache)
+
+    def prefill(self, news: Sequence[Sequence[int]], rows: Sequence[int], cache: Cache) -> None:
+        """See Decoder.prefill."""
+        ids = torch.tensor(list(chain.from_iterable(news)))
+        at = torch.tensor(rows).repeat_interleave(torch.tensor([len(new) for new in news]))
+        lengths = torch.cat([torch.arange(len(new)) for new in news]) + cache.lengths[at]
+        for part in torch.arange(len(ids)).split(TOGETHER):
+            self._run(ids[part], at[part], lengths[part], torch.zeros(len(part), dtype=torch.uint8), cache)
+
+    def _run(self, ids: Tensor, rows: Tensor, lengths: Tensor, wanted: Tensor, cache: Cache) -> Tensor:
+        """Tokens of conversations one after the other -> logits of those wanted."""
         last = self._config.vocab_size - 1
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) <= last:
+        if not 0 <= int(ids.min()) <= int(ids.max()) <= last:
             raise IndexError(f"ids from 0 to {last}; got {next(i for i in ids.tolist() if not 0 <= i <= last)}")
-        lengths = cache.lengths[rows]
-        if len(rows) and int(lengths.max()) >= cache.capacity:
+        if int(lengths.max()) >= cache.capacity:
             raise ValueError(
                 f"attention cache holds {cache.capacity} tokens a row; {int(lengths.max()) + 1} are needed"
             )
         stride = self._model.head.tiles * TILE
-        logits = torch.empty(len(rows), stride)
-        batch = native.Batch(pointer(ids), pointer(rows), pointer(lengths), pointer(logits), len(rows), stride)
+        logits = torch.empty(int(wanted.sum()), stride)
+        tensors = [pointer(tensor) for tensor in (ids, rows, lengths, wanted, logits)]
+        batch = native.Batch(*tensors, len(ids), stride)
         records = ctypes.byref(self._model), ctypes.byref(self._cache(cache)), ctypes.byref(batch)
-        if self._library.decode(*records, threads):
-            raise MemoryError(f"no memory for a decode step of {len(rows)} conversations")
-        cache.lengths[rows] += 1
+        if self._library.decode(*records, torch.get_num_threads()):
+            raise MemoryError(f"no memory for {len(ids)} tokens at once")
+        cache.lengths.scatter_reduce_(0, rows, lengths + 1, "amax")
         return logits[:, : self._config.vocab_size]
 
     def _cache(self, cache: Cache) -> native.Cache:

@@ -10,22 +10,24 @@ from typing import Any
 
 import torch
 
-from palaestra.kernels.layouts import take_modelopt
-from palaestra.kernels.native import TORCH, library
+from palaestra.kernels.native import library
 from palaestra.model.cache import Cache
 from palaestra.model.config import ModelConfig
-from palaestra.model.decoder import Decoder, fits
-from palaestra.model.network import Hybrid
+from palaestra.model.decoder import Decoder, decoder
 from palaestra.rollout.engine import WeightSource
 from palaestra.rollout.local_engine import LocalEngine
 from palaestra.rollout.requests import Request, draw_for, fail
+
+PROMPTS = 64
+"""Prompts that are computed together."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """`slots`: conversations kept at once; `context`: tokens a conversation may have; `burst`: decode steps between two
-    looks at what arrived; `deterministic`: every prompt is computed by itself, and a row given up for another is kept
-    aside (a state computed anew would round otherwise), so that its numbers owe nothing to who else is there."""
+    looks at what arrived; `deterministic`: no conversation's numbers owe anything to who else is there. So each is
+    computed by itself (unless the kernels promise that it does not matter), and one given up for another is kept aside:
+    a state computed anew could round otherwise."""
 
     slots: int = 192
     context: int = 512
@@ -42,17 +44,9 @@ class _Session:
     aside: Cache | None = None
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """A version of the weights: the network, for prompts, and the decode step in C (None: the network's own)."""
-
-    model: Hybrid
-    decoder: Decoder | None
-
-
-class HybridEngine(LocalEngine[_Weights]):
-    """The Engine over `model.network.Hybrid`, which serves nothing before it has weights: given here, or by `prepare`
-    and `commit`. New ones take effect between two bursts."""
+class HybridEngine(LocalEngine[Decoder]):
+    """The Engine over our own model, which serves nothing before it has weights: given here, or by `prepare` and
+    `commit`. New ones take effect between two bursts."""
 
     def __init__(
         self, network: ModelConfig, config: EngineConfig | None = None, weights: WeightSource | None = None
@@ -60,7 +54,7 @@ class HybridEngine(LocalEngine[_Weights]):
         self._config = config or EngineConfig()
         super().__init__(self._config.context)
         self._network = network
-        self._weights = None if weights is None else self._built(list(weights))
+        self._decoder: Decoder | None = None if weights is None else self._built(list(weights))
         self._cache = Cache.empty(self._network, self._config.slots, 2 * self._config.context)
         self._free = list(range(self._config.slots))[::-1]
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
@@ -89,8 +83,8 @@ class HybridEngine(LocalEngine[_Weights]):
 
     def stats(self) -> Mapping[str, Any]:
         """See Engine.stats."""
-        decoder = None if self._weights is None else self._weights.decoder
-        return {**super().stats(), "sessions": len(self._sessions), "kernels": decoder.tier if decoder else TORCH}
+        kernels = "" if self._decoder is None else self._decoder.kernels
+        return {**super().stats(), "sessions": len(self._sessions), "kernels": kernels}
 
     # -- the loop
 
@@ -192,50 +186,36 @@ class HybridEngine(LocalEngine[_Weights]):
     def _compute(self, admitted: list[Request]) -> None:
         """Prefill what was admitted, then up to `burst` decode steps of everything active."""
         self._switch()
-        if self._weights is None:
+        if self._decoder is None:
             raise RuntimeError("the engine has no weights yet: prepare and commit some")
-        self._prefill(self._weights.model, admitted)
+        alone = self._config.deterministic and not self._decoder.invariant
+        self._prefill(self._decoder, admitted, 1 if alone else PROMPTS)
         active = [request for request in self._active if request.finish is None]
-        if self._weights.decoder is not None:
-            self._decode(self._weights.decoder, active)
-            return
-        for part in [[request] for request in active] if self._config.deterministic else [active]:
-            self._decode_plain(self._weights.model, part)
+        for part in [[request] for request in active] if alone else [active]:
+            self._decode(self._decoder, part)
 
     def _decode(self, decoder: Decoder, requests: list[Request]) -> None:
-        """Up to `burst` tokens for each request, in place; no row's numbers depend on the others."""
+        """Up to `burst` tokens for each request."""
         for _ in range(self._config.burst):
             going = [request for request in requests if request.finish is None]
             if not going:
                 break
             ids = torch.tensor([request.ids[-1] for request in going])
             rows = torch.tensor([request.row for request in going])
-            self._draw(going, decoder.step(ids, rows, self._cache, torch.get_num_threads()))
-
-    def _decode_plain(self, model: Hybrid, requests: list[Request]) -> None:
-        """The same in PyTorch, on a copy of the rows."""
-        rows = torch.tensor([request.row for request in requests], dtype=torch.int64)
-        longest = max((len(request.ids) for request in requests), default=0)
-        work = self._cache.select(rows, min(self._config.context, longest + self._config.burst) + 1)
-        for _ in range(self._config.burst):
-            if all(request.finish is not None for request in requests):
-                break
-            ids = torch.tensor([[request.ids[-1]] for request in requests])
-            moves = torch.tensor([int(request.finish is None) for request in requests])
-            self._draw(requests, model.logits(model(ids, moves, work)[:, 0]))
-        self._cache.write(rows, work)
+            self._draw(going, decoder.step(ids, rows, self._cache))
 
     def _draw(self, requests: list[Request], logits: torch.Tensor) -> None:
-        """One token for every request that has not finished, from logits float32[requests, vocabulary]."""
+        """One token for every request, from logits float32[requests, vocabulary]."""
         self._counts["steps"] += 1
         for request, token, logprob in zip(requests, *draw_for(requests, logits), strict=True):
-            if request.finish is None:
+            if request.finish is None:  # it may have been cancelled meanwhile
                 self._sessions[request.session].ids.append(request.ids[-1])
                 request.take(token, logprob, self.version, self._config.context)
                 self._counts["drawn"] += 1
 
-    def _prefill(self, model: Hybrid, admitted: list[Request]) -> None:
-        """Bring every admitted row up to all of its ids but the last; equal fresh prompts are computed once."""
+    def _prefill(self, decoder: Decoder, admitted: list[Request], size: int) -> None:
+        """Bring every admitted row up to all of its ids but the last, `size` rows at a time; equal fresh prompts are
+        computed once."""
         first: dict[tuple[int, ...], Request] = {}
         copies: list[tuple[int, int]] = []
         todo: list[Request] = []
@@ -245,46 +225,26 @@ class HybridEngine(LocalEngine[_Weights]):
                 todo.append(request)
             else:
                 copies.append((request.row, twin.row))
-        size = 1 if self._config.deterministic else 64
         todo.sort(key=lambda request: len(request.ids) - len(self._sessions[request.session].ids))
         for start in range(0, len(todo), size):
-            self._prefill_together(model, todo[start : start + size])
+            self._prefill_together(decoder, todo[start : start + size])
         if copies:
             to, source = (torch.tensor(part) for part in zip(*copies, strict=True))
-            self._cache.write(to, self._cache.select(source))
+            self._cache.write(to, self._cache.select(source, max(len(request.ids) for request in admitted)))
         for request in admitted:
             self._sessions[request.session].ids = request.ids[:-1]
 
-    def _prefill_together(self, model: Hybrid, requests: list[Request]) -> None:
-        news = [request.ids[len(self._sessions[request.session].ids) : -1] for request in requests]
-        longest = max(len(new) for new in news)
-        if longest == 0:
-            return
-        rows = torch.tensor([request.row for request in requests])
-        ids = torch.tensor([[*new, *[0] * (longest - len(new))] for new in news])
-        lengths = torch.tensor([len(new) for new in news])
-        room = max(len(request.ids) for request in requests) + longest
-        work = self._cache.select(rows, min(room, self._cache.capacity))
-        model(ids, lengths, work)
-        self._cache.write(rows, work)
-        self._counts["prefilled"] += int(lengths.sum())
+    def _prefill_together(self, decoder: Decoder, requests: list[Request]) -> None:
+        news = {request.row: request.ids[len(self._sessions[request.session].ids) : -1] for request in requests}
+        news = {row: new for row, new in news.items() if new}
+        if news:
+            decoder.prefill(list(news.values()), list(news), self._cache)
+            self._counts["prefilled"] += sum(map(len, news.values()))
 
     # -- weights
 
-    @torch.no_grad()
-    def _built(self, weights: list[tuple[str, torch.Tensor]]) -> _Weights:
-        model = empty(self._network)
-        model.load_weights(weights)
-        given = dict(weights)
-        native = library() if fits(self._network) else None
-        decoder = None if native is None else Decoder(native, self._network, {**take_modelopt(given), **given})
-        return _Weights(model.eval(), decoder)
+    def _built(self, weights: list[tuple[str, torch.Tensor]]) -> Decoder:
+        return decoder(self._network, dict(weights), library())
 
-    def _use(self, built: _Weights) -> None:
-        self._weights = built
-
-
-def empty(config: ModelConfig) -> Hybrid:
-    """A model whose weights wait to be loaded; the global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        return Hybrid(config)
+    def _use(self, built: Decoder) -> None:
+        self._decoder = built

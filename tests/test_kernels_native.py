@@ -12,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palaestra.kernels import fp8, nvfp4
-from palaestra.kernels.layouts import take_modelopt
 from palaestra.kernels.linear import linear, linear_plain, pack
 from palaestra.kernels.native import FILE, Library, library
 from palaestra.model.cache import Cache
 from palaestra.model.config import ModelConfig
-from palaestra.model.decoder import Decoder
+from palaestra.model.decoder import Decoder, decoder, fits
 from palaestra.model.network import Hybrid
 
 KINDS = {
@@ -164,26 +163,35 @@ def network(config: ModelConfig) -> Hybrid:
     return model
 
 
-def decoder(of: Library, model: Hybrid) -> Decoder:
+def over(of: Library, model: Hybrid) -> Decoder:
     """For the NVFP4 values of the model's weights, which it sees itself from now on."""
     given = dict(model.weights())
-    weights = given | take_modelopt(dict(given))
     model.load_weights(given.items())
-    return Decoder(of, model.config, weights)
+    return decoder(model.config, given, of)
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's number of threads."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
-def test_the_decode_step_is_that_of_the_network(tier, name):
+def test_a_decode_step_is_that_of_the_network(tier, name, threads):
     config = ModelConfig(**SMALL, **CONFIGS[name])
     model = network(config)
-    step = decoder(tier, model)
+    step = over(tier, model)
+    assert step.kernels == tier.tier
     ours, theirs = Cache.empty(config, 7, 40), Cache.empty(config, 5, 40)
     rows = torch.tensor([6, 0, 3, 2, 5])
     for turn in range(40):
+        threads(1 + turn % 3)
         ids = torch.randint(config.vocab_size, (5,))
         expected = model.logits(model(ids[:, None], None, theirs)[:, 0])
-        found = step.step(ids, rows, ours, threads=1 + turn % 3)
+        found = step.step(ids, rows, ours)
         assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
     assert ours.lengths.tolist() == [40, 0, 40, 40, 0, 40, 40]
     for index, (first, second) in theirs.layers.items():
@@ -197,16 +205,46 @@ def test_the_decode_step_is_that_of_the_network(tier, name):
 
 
 @torch.no_grad()
-def test_a_conversation_owes_nothing_to_those_beside_it(tier):
+def test_no_number_depends_on_the_others_nor_on_how_tokens_came(tier, threads):
     config = ModelConfig(**SMALL, **CONFIGS["latent"])
-    step = decoder(tier, network(config))
-    together, alone = Cache.empty(config, 20, 8), Cache.empty(config, 20, 8)
-    ids = torch.randint(config.vocab_size, (8, 20))
-    for new in ids:
-        logits = step.step(new, torch.arange(20), together, threads=2)
-        for row in (0, 7, 19):
-            one = step.step(new[row : row + 1], torch.tensor([row]), alone)
-            assert torch.equal(one[0], logits[row])
+    step = over(tier, network(config))
+    together, alone, divided = (Cache.empty(config, 20, 50) for _ in range(3))
+    texts = [torch.randint(config.vocab_size, (3 + 2 * n,)).tolist() for n in range(20)]
+    threads(2)
+    step.prefill(texts, list(range(20)), together)
+    threads(1)
+    for row, text in enumerate(texts):
+        for token in text:
+            step.step(torch.tensor([token]), torch.tensor([row]), alone)
+        step.prefill([text[:2]], [row], divided)
+        step.prefill([text[2:]], [row], divided)
+    for other in (alone, divided):
+        assert torch.equal(together.lengths, other.lengths)
+        for index, tensors in together.layers.items():
+            assert all(torch.equal(*pair) for pair in zip(tensors, other.layers[index], strict=True))
+    ids = torch.randint(config.vocab_size, (20,))
+    logits = step.step(ids, torch.arange(20), together)
+    for row in (0, 7, 19):
+        assert torch.equal(step.step(ids[row : row + 1], torch.tensor([row]), alone)[0], logits[row])
+
+
+@torch.no_grad()
+def test_what_the_kernels_do_not_take_runs_in_torch_with_the_same_numbers():
+    config = ModelConfig(**SMALL | CONFIGS["latent"] | {"head_dim": 8})
+    assert not fits(config)
+    weights = dict(network(config).weights())
+    step, wide = decoder(config, weights, library()), ModelConfig(**SMALL, **CONFIGS["latent"])
+    assert step.kernels == "torch"
+    given = dict(network(wide).weights())
+    plain, fast = decoder(wide, given, None), decoder(wide, given, library())
+    caches = [Cache.empty(wide, 4, 20) for _ in range(2)]
+    for cache, of in zip(caches, (plain, fast), strict=True):
+        of.prefill([[1, 2, 3], [4, 5, 6, 7, 8]], [3, 1], cache)
+        of.prefill([[9]], [3], cache)
+    ids, rows = torch.tensor([5, 6, 7]), torch.tensor([0, 1, 3])
+    expected, found = (of.step(ids, rows, cache) for of, cache in zip((plain, fast), caches, strict=True))
+    assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
+    assert caches[0].lengths.tolist() == caches[1].lengths.tolist() == [1, 6, 0, 5]
 
 
 def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

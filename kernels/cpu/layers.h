@@ -1,4 +1,5 @@
-/* The layers of a hybrid model, a token a conversation: the decode step. Rows of activations are float32 and lie their
+/* The layers of a hybrid model, token by token: what a conversation's state is owes nothing to how many of its tokens came
+   at once. Rows of activations are float32 and lie their
    own width apart. Every width is a multiple of 16. */
 
 INLINE float *take(float **scratch, long count) {
@@ -271,6 +272,8 @@ static void decode(const struct model *model, const struct cache *cache, const s
         }
         add(x, out, rows * hidden);
     }
-    for (long i = 0; i < rows; i++) normalise(x + i * hidden, model->norm, hidden, model->eps, normed + i * hidden);
-    multiply(&model->head, 0, model->head.tiles, normed, hidden, rows, batch->logits, batch->stride);
+    long wanted = 0;
+    for (long i = 0; i < rows; i++)
+        if (batch->wanted[i]) normalise(x + i * hidden, model->norm, hidden, model->eps, normed + wanted++ * hidden);
+    multiply(&model->head, 0, model->head.tiles, normed, hidden, wanted, batch->logits, batch->stride);
 }

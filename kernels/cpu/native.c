@@ -151,7 +151,7 @@ static long room(const struct model *model, long rows, long length) {
     return most + 3 * padded(rows * model->hidden);
 }
 
-#define TOGETHER 8 /* conversations at least that share the weights' way through a core, where there are many */
+#define TOGETHER 8 /* tokens at least that share the weights' way through a core, where there are many */
 
 struct step {
     const struct model *model;
@@ -161,24 +161,42 @@ struct step {
     long room, pieces;
 };
 
-static void step_piece(void *work, long index, long thread) { /* some of the conversations, through all layers */
-    const struct step *s = work;
-    const long first = s->batch->count * index / s->pieces, last = s->batch->count * (index + 1) / s->pieces;
-    struct batch part = {s->batch->ids + first, s->batch->rows + first, s->batch->lengths + first,
-                         s->batch->logits + first * s->batch->stride, last - first, s->batch->stride};
-    tier->decode(s->model, s->cache, &part, s->scratch + thread * s->room);
+/* Where a piece begins: no conversation is divided. */
+static long boundary(const struct batch *batch, long index, long pieces) {
+    long at = batch->count * index / pieces;
+    while (at > 0 && at < batch->count && batch->rows[at] == batch->rows[at - 1]) at++;
+    return at;
 }
 
-/* One token for every conversation of the batch. Returns 0, or 1 where memory for it cannot be had. */
+static void step_piece(void *work, long index, long thread) { /* some of the conversations, through all layers */
+    const struct step *s = work;
+    const struct batch *all = s->batch;
+    const long first = boundary(all, index, s->pieces), last = boundary(all, index + 1, s->pieces);
+    long wanted = 0;
+    for (long i = 0; i < first; i++) wanted += all->wanted[i];
+    struct batch part = {all->ids + first, all->rows + first, all->lengths + first, all->wanted + first,
+                         all->logits + wanted * all->stride, last - first, all->stride};
+    if (last > first) tier->decode(s->model, s->cache, &part, s->scratch + thread * s->room);
+}
+
+static long longest_piece(const struct batch *batch, long pieces) {
+    long found = 0;
+    for (long index = 0; index < pieces; index++) {
+        const long size = boundary(batch, index + 1, pieces) - boundary(batch, index, pieces);
+        found = size > found ? size : found;
+    }
+    return found;
+}
+
+/* The batch's tokens through all layers. Returns 0, or 1 where memory for it cannot be had. */
 EXPORT int palaestra_decode(const struct model *model, const struct cache *cache, const struct batch *batch, long threads) {
-    const long count = batch->count;
-    long pieces = threads < count ? threads : count, length = 0;
+    const long count = batch->count, seats = threads < 1 ? 1 : threads < THREADS_MOST ? threads : THREADS_MOST;
+    long pieces = seats < count ? seats : count, length = 0;
     if (!count) return 0;
-    if (threads > 1 && count >= 2 * pieces * TOGETHER)
-        pieces = count / TOGETHER < threads * PIECES ? count / TOGETHER : threads * PIECES;
+    if (seats > 1 && count >= 2 * pieces * TOGETHER)
+        pieces = count / TOGETHER < seats * PIECES ? count / TOGETHER : seats * PIECES;
     for (long i = 0; i < count; i++) length = batch->lengths[i] > length ? batch->lengths[i] : length;
-    struct step s = {model, cache, batch, NULL, room(model, (count + pieces - 1) / pieces, length), pieces};
-    const long seats = threads < 1 ? 1 : threads < THREADS_MOST ? threads : THREADS_MOST;
+    struct step s = {model, cache, batch, NULL, room(model, longest_piece(batch, pieces), length), pieces};
     if (posix_memalign((void **)&s.scratch, 64, s.room * seats * sizeof(float))) return 1;
     spread(step_piece, &s, pieces, seats);
     free(s.scratch);

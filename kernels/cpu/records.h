@@ -71,10 +71,13 @@ struct cache {
     int64_t capacity;
 };
 
-/* Conversations that move on by a token each: what they read, their rows in the cache, how many tokens those hold. */
+/* Tokens of conversations: which they are, the conversations' rows in the cache, how many tokens those hold before each.
+   A conversation's tokens stand one after the other. Logits [wanted tokens][stride] are computed for those that `wanted`
+   marks. */
 struct batch {
     const int64_t *ids, *rows, *lengths;
-    float *logits; /* [count][stride] */
+    const uint8_t *wanted;
+    float *logits;
     int64_t count, stride;
 };
 
