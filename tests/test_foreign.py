@@ -243,7 +243,7 @@ tasks = 4
 {stage}
 [stages.s.optim]
 muon = 0
-adamw = 0.01
+adamw = 0.02
 warmup = 0
 """
 RL = '[pool]\ngroups = 8\ngroup_size = 8\n[stages.s]\nloss = "rlvr"\nsteps = 16'

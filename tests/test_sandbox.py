@@ -718,7 +718,7 @@ async def test_a_creation_that_is_cancelled_leaves_nothing(native):
     await asyncio.sleep(0.3)
     assert len(os.listdir("/proc/self/fd")) <= before  # fewer, where what an earlier test left was collected meanwhile
     left = sorted(Path("/sys/fs/cgroup").glob(f"*/{cgroups.owner_name()}/*/"))
-    assert len(left) == len(groups)  # the spare ones
+    assert len(left) <= len(groups)  # the spare ones
     assert not any((group / "cgroup.procs").read_text() for group in left)
 
 
