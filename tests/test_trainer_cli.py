@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import typer
 from pyarrow import parquet
 from typer.testing import CliRunner
 
+from palaestra.gym import files
 from palaestra.gym.outcome import Cause, Failure
 from palaestra.gym.registry import UsageError
 from palaestra.gym.types import Completion, Episode, Group, Message, Outcome, Scored, Task, Turn, Unscored
@@ -58,6 +60,36 @@ def test_a_dry_run_shows_the_resolved_recipe_and_writes_nothing(command, tmp_pat
     assert done.exit_code == 0
     assert json.loads(done.output)["stages"]["rl"]["steps"] == 9
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_that_is_being_trained_in_is_refused_and_named(command, tmp_path):
+    folder = tmp_path / "runs" / "toy"
+    with files.held(folder):
+        (folder / "recipe.json").write_text("{}")
+        for more in ([], ["--resume"]):
+            refused = command(*more)
+            assert isinstance(refused.exception, UsageError)
+            if not more:
+                assert f"{folder} is in use by process {os.getpid()}" in str(refused.exception)
+    (folder / "recipe.json").unlink()
+    folder.rmdir()
+    with files.held(folder):
+        done = command()
+    assert f"in use by process {os.getpid()}; wait for its end, or choose another name" in str(done.exception)
+    assert not folder.exists()
+
+
+def test_a_stage_that_its_minutes_ended_says_so_and_every_step_is_a_line(command, tmp_path):
+    done = command("stages.rl.steps=200", "stages.rl.minutes=0.0001")
+    assert done.exit_code == 0, done.output
+    assert "rl 1/200  other 0." in done.output
+    assert "after, greedy" in done.output
+    assert "rl: 1 of 200 steps, all that its 0.0001 minutes allowed" in done.output
+    summary = json.loads((tmp_path / "runs" / "toy" / "summary.json").read_text())
+    assert summary["stages"] == {"rl": {"steps": 1, "of": 200}}
+    assert "rl: 1 of 200 steps" in (tmp_path / "runs" / "toy" / "report.html").read_text()
+    again = command("stages.rl.steps=1")
+    assert f"{tmp_path / 'runs' / 'toy'} has ended: a new run begins in {tmp_path / 'runs' / 'toy-2'}" in again.output
 
 
 NEEDY = """
@@ -229,7 +261,9 @@ def test_the_report_escapes_what_a_model_wrote(tmp_path):
     evil = "<script>alert(1)</script>"
     task = Task(key=evil, prompt=evil, environment="<b>", data={"answer": evil})
     report.curves([{"reward/<b>": 0.5, "loss": 1.0}], tmp_path / "c.png")
-    report.page(evil, {"environments": {}}, tmp_path / "c.png", [episode(task, 1.0, evil)], tmp_path / "r.html")
+    report.page(
+        evil, {"environments": {}, "stages": {}}, tmp_path / "c.png", [episode(task, 1.0, evil)], tmp_path / "r.html"
+    )
     page = (tmp_path / "r.html").read_text()
     assert "<script>" not in page
     assert "<b>" not in page

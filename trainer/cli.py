@@ -46,8 +46,25 @@ def train(
         typer.echo(resolved.model_dump_json(indent=1))
         return
     folder = folder_of(resolved, runs, resume)
+    try:
+        with files.held(folder):
+            _begin(folder, resolved, runs)
+            _show(asyncio.run(_run(resolved, specs, folder)), folder, resolved)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise cannot_write(folder, error) from error
+
+
+def _begin(folder: Path, recipe: Recipe, runs: Path) -> None:
+    """Say where the run lies, and whether others are beside it or it goes on."""
+    from palaestra.trainer.metrics import read
+
+    if folder.name != recipe.name:
+        typer.echo(f"{runs / recipe.name} has ended: a new run begins in {folder}")
+    if rows := read(folder / "metrics.jsonl"):
+        typer.echo(f"{folder} goes on from its newest checkpoint; it had come to {rows[-1]['stage']} {len(rows)}")
     typer.echo(f"{folder}: metrics, checkpoints and episodes; report.html at the end")
-    _show(asyncio.run(_run(resolved, specs, folder, resume)), folder)
 
 
 def _playable(recipe: Recipe) -> Recipe:
@@ -96,6 +113,8 @@ def folder_of(recipe: Recipe, runs: Path, resume: bool) -> Path:
     written = folder / "recipe.json"
     if written.exists():
         if not resume:
+            with files.held(folder):  # who trains there now is named first
+                pass
             raise UsageError(f"{folder} holds an unfinished run; give --resume to go on, or delete it")
         if changed := _changed(_read(written), json.loads(recipe.model_dump_json())):
             raise UsageError(
@@ -125,7 +144,7 @@ def _changed(before: Any, now: Any, where: str = "") -> str:
     return ", ".join(text for text in found if text)
 
 
-async def _run(recipe: Recipe, specs: dict[str, Any], folder: Path, resume: bool) -> dict[str, Any]:
+async def _run(recipe: Recipe, specs: dict[str, Any], folder: Path) -> dict[str, Any]:
     from palaestra.trainer.assembly import assemble
     from palaestra.trainer.loop import Run, prepare, train, versions
     from palaestra.trainer.screen import Screen
@@ -136,10 +155,6 @@ async def _run(recipe: Recipe, specs: dict[str, Any], folder: Path, resume: bool
     try:
         with Screen() as screen:
             return await train(Run(recipe, folder, stack, specs, screen.show))
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise cannot_write(folder, error) from error
     finally:
         await stack.close()
 
@@ -161,9 +176,14 @@ def cannot_write(folder: Path, error: OSError) -> UsageError:
     )
 
 
-def _show(summary: dict[str, Any], folder: Path) -> None:
-    """The gains, where to look, and a word if there was nothing to learn from."""
+def _show(summary: dict[str, Any], folder: Path, recipe: Recipe) -> None:
+    """The gains, where to look, and a word if time ended a stage or there was nothing to learn from."""
     from palaestra.trainer.metrics import read, signal_seen
+
+    for name, done in summary["stages"].items():
+        if done["steps"] < done["of"]:
+            minutes = recipe.stages[name].minutes
+            typer.echo(f"{name}: {done['steps']} of {done['of']} steps, all that its {minutes:g} minutes allowed")
 
     for name, part in summary["environments"].items():
         gain = part["gain"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -39,8 +41,14 @@ def held_out(specs: Mapping[str, EnvironmentSpec], recipe: Recipe) -> dict[str, 
     return {name: list(islice(spec.tasks("held-out", plan.seed), plan.tasks)) for name, spec in specs.items()}
 
 
-async def evaluate(player: Player, tasks: Mapping[str, list[Task]], recipe: Recipe) -> Evaluation:
-    """Play every task once a mode. Before and after draw with the same seeds.
+async def evaluate(
+    player: Player,
+    tasks: Mapping[str, list[Task]],
+    recipe: Recipe,
+    seen: Callable[[str, int, int], None] = lambda mode, done, total: None,
+) -> Evaluation:
+    """Play every task once a mode. Before and after draw with the same seeds. `seen` is told how many of a mode's
+    episodes have ended.
 
     Raises PoolError where more of them than `pool.lost_share` have no score.
     """
@@ -49,7 +57,8 @@ async def evaluate(player: Player, tasks: Mapping[str, list[Task]], recipe: Reci
     for mode, temperature in MODES.items():
         sampling = Sampling(temperature=temperature, max_tokens=recipe.rollout.max_tokens)
         draw = Draw(recipe.seed, f"evaluation-{mode}", sampling)
-        episodes = await _play_all(player, flat, draw, recipe.evaluation.concurrency, found.retried)
+        playing = _play_all(player, flat, draw, recipe.evaluation.concurrency, found.retried, partial(seen, mode))
+        episodes = await playing
         _judge_losses(episodes, recipe.pool.lost_share)
         found.episodes[mode] = episodes
         for name in tasks:
@@ -62,14 +71,22 @@ async def evaluate(player: Player, tasks: Mapping[str, list[Task]], recipe: Reci
 
 
 async def _play_all(
-    player: Player, tasks: Sequence[Task], draw: Draw, concurrency: int, retried: Counter[str]
+    player: Player,
+    tasks: Sequence[Task],
+    draw: Draw,
+    concurrency: int,
+    retried: Counter[str],
+    seen: Callable[[int, int], None],
 ) -> list[Episode]:
     """An episode of each task, in their order. Where one raises, the others are cancelled first."""
     gate = asyncio.Semaphore(concurrency)
+    ended = itertools.count(1)
 
     async def play(task: Task) -> Episode:
         async with gate:
-            return await played(player, draw, 0, task, 0, retried)
+            episode = await played(player, draw, 0, task, 0, retried)
+        seen(next(ended), len(tasks))
+        return episode
 
     running = [asyncio.create_task(play(task)) for task in tasks]
     try:

@@ -262,7 +262,11 @@ async def _train_stage(run: Run, name: str, stage: Stage, saved: dict[str, Any] 
 
 async def _evaluate(run: Run, tasks: dict[str, list[Task]], when: str) -> Evaluation:
     await run.stack.deliver(dict(run.stack.model.weights()), 0)
-    found = await evaluation.evaluate(run.stack.player, tasks, run.recipe)
+
+    def seen(mode: str, done: int, total: int) -> None:
+        run.watch(f"{when}, {mode}", done - 1, total, {})
+
+    found = await evaluation.evaluate(run.stack.player, tasks, run.recipe, seen)
     for mode, played in found.episodes.items():
         episodes.write(run.folder, f"{when}-{mode}", played)
     return found
@@ -278,6 +282,8 @@ def _finish(run: Run, tasks: dict[str, list[Task]], after: Evaluation | None) ->
         shown = after.episodes["mean"]
         _write(run.folder / "scores.json", {"schema_version": 1, "before": before, "after": after.scores})
     rows = metrics.read(run.folder / "metrics.jsonl")
+    steps = Counter(row["stage"] for row in rows)
+    summary["stages"] = {name: {"steps": steps[name], "of": stage.steps} for name, stage in run.recipe.stages.items()}
     report.curves(rows, run.folder / "curves.png")
     report.page(run.recipe.name, summary, run.folder / "curves.png", shown, run.folder / "report.html")
     _write(run.folder / "summary.json", summary)

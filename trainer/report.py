@@ -58,6 +58,7 @@ def page(title: str, summary: Mapping[str, Any], picture: Path, episodes: Sequen
     body = [
         f"<h1>{_text(title)}</h1>",
         _table(summary.get("environments", {})),
+        *(f"<p>{_text(name)}: {part['steps']} of {part['of']} steps</p>" for name, part in summary["stages"].items()),
         f'<p><img alt="curves" src="data:image/png;base64,{image}"></p>',
         "<h2>Episodes after training</h2>",
         *(_episode(episode) for episode in _chosen(episodes)),

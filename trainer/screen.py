@@ -1,4 +1,4 @@
-"""The live table in the terminal: a progress bar, and the reward of each environment."""
+"""What a run shows: in the terminal a live table, a progress bar and the reward of each environment; else lines."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from rich.table import Table
 FIRST, LATEST = 0, 1
 
 
+LINES = 4
+"""What an evaluation prints in a pipe, each way of drawing apart."""
+
+
 class Screen:
-    """Shows each step as it ends; in a pipe only the last picture is printed."""
+    """Shows each step as it ends; in a pipe a line a step, and the last picture."""
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -41,7 +45,19 @@ class Screen:
             if name.startswith("reward/"):
                 first = self._rewards.get(name, (value, value))[FIRST]
                 self._rewards[name] = (first, value)
-        self._live.update(Group(self._table(metrics), self._progress))
+        self._live.update(Group(self._table(metrics), self._progress) if self._rewards else self._progress)
+        if not self._live.console.is_terminal:
+            self._print(stage, step, steps, metrics)
+
+    def _print(self, stage: str, step: int, steps: int, metrics: Mapping[str, float]) -> None:
+        done = step + 1
+        if not metrics and done * LINES // steps == step * LINES // steps:
+            return
+        shown = [name for name in metrics if name.startswith("reward/")] or [
+            name for name in ("loss",) if name in metrics
+        ]
+        values = "  ".join(f"{name.removeprefix('reward/')} {metrics[name]:.3f}" for name in shown)
+        self._live.console.print(f"{stage} {done}/{steps}  {values}".rstrip(), highlight=False)
 
     def _table(self, metrics: Mapping[str, float]) -> Table:
         table = Table("environment", "first", "now", "change")

@@ -51,7 +51,8 @@ OF_TASK = {"edits", "fail_to_pass", "level", "issue", "seed"}
 
 
 async def build_all(backend: Backend, count: int, folder: Path, seed: int, say: Progress) -> str:
-    """Make `count` tasks, the same number of each package as far as its edits go, two packages at a time.
+    """Make `count` tasks, the same number of each package (of the first ones, where there are more packages than tasks)
+    as far as its edits go, two packages at a time.
 
     Returns a table of what was tried and found by package, and by kind of edit.
     """
@@ -61,9 +62,10 @@ async def build_all(backend: Backend, count: int, folder: Path, seed: int, say: 
         async with gate:
             return await build(backend, package, wanted, folder, seed, say)
 
-    share, found = math.ceil(count / len(PACKAGES)), list[dict[str, Any]]()
+    packages = list(PACKAGES)[:count]
+    share, found = math.ceil(count / len(packages)), list[dict[str, Any]]()
     while True:
-        found = list(await asyncio.gather(*(one(package, share) for package in PACKAGES)))
+        found = list(await asyncio.gather(*(one(package, share) for package in packages)))
         made = sum(len(content["tasks"]) for content in found)
         going_on = [content for content in found if not content["done"]]
         if made >= count or not going_on:
