@@ -277,6 +277,13 @@ def _evaluate(contest: Any, out: Path) -> None:
     tables.write(out, summaries, rows)
     console = Console(width=None if sys.stdout.isatty() else 220)
     console.print(tables.table(summaries, short=console.width < tables.WIDE))
+    for name, count in {
+        row.environment: len({r.key for r in rows if r.environment == row.environment}) for row in rows
+    }.items():
+        if count < contest.plan.tasks:
+            typer.echo(
+                f"{name} has {count} tasks in the split {contest.plan.split!r}; {contest.plan.tasks} were asked for"
+            )
     typer.echo(f"-> {out}/index.html, summary.json, episodes.jsonl, episodes.parquet")
     unscored = [row for row in rows if row.reward is None]
     if len(unscored) > MOST_UNSCORED * len(rows):

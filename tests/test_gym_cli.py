@@ -130,6 +130,14 @@ def test_all_of_a_finite_set_may_be_asked_for(tmp_path):
     assert counts["held-out"]
 
 
+def test_an_evaluation_of_fewer_tasks_than_were_asked_for_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("forty.py").write_text(FORTY.replace("await asyncio.sleep(60)", "return"))
+    count = len(list(spec("forty.py").tasks("held-out", 0)))
+    run("eval", "--policy", "null", "--env", "forty.py", "-n", 30)
+    assert f"forty has {count} tasks in the split 'held-out'; 30 were asked for" in capsys.readouterr().out
+
+
 def test_ctrl_c_says_that_it_goes_on(tmp_path):
     (tmp_path / "forty.py").write_text(FORTY)
     command = [COMMAND, "eval", "--policy", "null", "--env", "forty.py", "--split", "all"]

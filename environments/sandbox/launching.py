@@ -94,9 +94,8 @@ class Launching:
                     async with asyncio.timeout(VISIT_SECONDS):
                         said = await _exchange(ours, content)
                 except (ConnectionError, TimeoutError) as error:
-                    raise Failure(
-                        Cause.SANDBOX, f"{self._backend}: {request['visit']}: {error or 'took too long'}"
-                    ) from error
+                    why = str(error) or f"nothing for {VISIT_SECONDS:g} s"
+                    raise Failure(Cause.SANDBOX, f"{self._backend}: {request['visit']}: {why}") from error
         answer, _, last = said.rpartition(b"\n")
         if last == b"ok":
             return answer
