@@ -130,14 +130,16 @@ static void few(struct pass p) {
 
 /* The pass's columns of its first tile. */
 static void unpack(const struct pass *p, struct unpacked *to) {
-    for (long column = p->from; column < p->to; column++)
+    for (long block = p->from; block < p->to; block += BLOCK)
         for (int at = 0; at < PARTS; at++) {
-            float *values = to->values + (column - p->from) * TILE + at * LANES;
-            if (column % BLOCK == 0) store(to->steps + (column - p->from) + at * LANES, step(p, NVFP4, at, column));
-            if (column % 8) continue;
-            nibbles words = codes(p, at, column);
+            store(to->steps + (block - p->from) + at * LANES, step(p, NVFP4, at, block));
+#pragma GCC unroll 2
+            for (long eight = block; eight < block + BLOCK; eight += 8) {
+                nibbles words = codes(p, at, eight);
+                float *values = to->values + (eight - p->from) * TILE + at * LANES;
 #pragma GCC unroll 8
-            for (int i = 0; i < 8; i++) store(values + i * TILE, codes_at(words, NIBBLE(i)));
+                for (int i = 0; i < 8; i++) store(values + i * TILE, codes_at(words, NIBBLE(i)));
+            }
         }
 }
 
