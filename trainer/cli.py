@@ -63,7 +63,8 @@ def _begin(folder: Path, recipe: Recipe, runs: Path) -> None:
     if folder.name != recipe.name:
         typer.echo(f"{runs / recipe.name} has ended: a new run begins in {folder}")
     if rows := read(folder / "metrics.jsonl"):
-        typer.echo(f"{folder} goes on from its newest checkpoint; it had come to {rows[-1]['stage']} {len(rows)}")
+        stage, step = rows[-1]["stage"], rows[-1]["step"] + 1
+        typer.echo(f"{folder} goes on from its newest checkpoint; it had come to step {step} of {stage}")
     typer.echo(f"{folder}: metrics, checkpoints and episodes; report.html at the end")
 
 
