@@ -7,6 +7,7 @@ import asyncio
 import os
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -277,9 +278,7 @@ def _evaluate(contest: Any, out: Path) -> None:
     tables.write(out, summaries, rows)
     console = Console(width=None if sys.stdout.isatty() else 220)
     console.print(tables.table(summaries, short=console.width < tables.WIDE))
-    for name, count in {
-        row.environment: len({r.key for r in rows if r.environment == row.environment}) for row in rows
-    }.items():
+    for name, count in Counter(alias for alias, _ in sorted({(row.environment, row.key) for row in rows})).items():
         if count < contest.plan.tasks:
             typer.echo(
                 f"{name} has {count} tasks in the split {contest.plan.split!r}; {contest.plan.tasks} were asked for"

@@ -113,6 +113,7 @@ class NativeDecoder:
             hidden=config.hidden_size,
             eps=config.layer_norm_epsilon,
         )
+        self._weights = {}  # the packed ones take their place
 
     def step(self, ids: Tensor, rows: Tensor, cache: Cache) -> Tensor:
         """See Decoder.step."""

@@ -494,6 +494,20 @@ async def test_a_hack_earns_nothing_where_no_test_is_named(backend, hack):
     assert await earned_alone(backend, ALONE_HACKS[hack]) == 0
 
 
+@pytest.mark.parametrize("count", [2, 17, 20, 60])
+async def test_as_many_tasks_are_built_as_were_asked_for(count, monkeypatch, tmp_path):
+    room = {package.name: number % 5 for number, package in enumerate(build.PACKAGES)}  # what its edits give, 32 in all
+
+    async def some(backend, package, wanted, folder, seed, say):
+        made = min(wanted, room[package.name])
+        task = {"edits": [{"kind": "sign"}]}
+        return {"name": package.name, "tasks": [task] * made, "tried": made, "verdicts": {}, "done": made < wanted}
+
+    monkeypatch.setattr(build, "build", some)
+    table = await build.build_all(None, count, tmp_path, 0, lambda *_: None)
+    assert table.splitlines()[-1] == f"kinds of edits: sign {min(count, sum(room.values()))}"
+
+
 @boxed
 @pytest.mark.slow
 async def test_a_repair_of_one_module_may_bring_another_and_no_endless_loop(backend, monkeypatch):

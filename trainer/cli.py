@@ -182,8 +182,8 @@ def _show(summary: dict[str, Any], folder: Path, recipe: Recipe) -> None:
     from palaestra.trainer.metrics import read, signal_seen
 
     for name, done in summary["stages"].items():
-        if done["steps"] < done["of"]:
-            minutes = recipe.stages[name].minutes
+        minutes = recipe.stages[name].minutes
+        if minutes is not None and done["steps"] < done["of"]:
             typer.echo(f"{name}: {done['steps']} of {done['of']} steps, all that its {minutes:g} minutes allowed")
 
     for name, part in summary["environments"].items():

@@ -57,8 +57,8 @@ async def evaluate(
     for mode, temperature in MODES.items():
         sampling = Sampling(temperature=temperature, max_tokens=recipe.rollout.max_tokens)
         draw = Draw(recipe.seed, f"evaluation-{mode}", sampling)
-        playing = _play_all(player, flat, draw, recipe.evaluation.concurrency, found.retried, partial(seen, mode))
-        episodes = await playing
+        told = partial(seen, mode)
+        episodes = await _play_all(player, flat, draw, recipe.evaluation.concurrency, found.retried, told)
         _judge_losses(episodes, recipe.pool.lost_share)
         found.episodes[mode] = episodes
         for name in tasks:

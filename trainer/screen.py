@@ -53,9 +53,8 @@ class Screen:
         done = step + 1
         if not metrics and done * LINES // steps == step * LINES // steps:
             return
-        shown = [name for name in metrics if name.startswith("reward/")] or [
-            name for name in ("loss",) if name in metrics
-        ]
+        rewards = [name for name in metrics if name.startswith("reward/")]
+        shown = rewards or [name for name in ("loss",) if name in metrics]
         values = "  ".join(f"{name.removeprefix('reward/')} {metrics[name]:.3f}" for name in shown)
         self._live.console.print(f"{stage} {done}/{steps}  {values}".rstrip(), highlight=False)
 

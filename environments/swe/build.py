@@ -10,7 +10,6 @@ import ast
 import asyncio
 import gzip
 import json
-import math
 import random
 import re
 import zlib
@@ -51,26 +50,28 @@ OF_TASK = {"edits", "fail_to_pass", "level", "issue", "seed"}
 
 
 async def build_all(backend: Backend, count: int, folder: Path, seed: int, say: Progress) -> str:
-    """Make `count` tasks, the same number of each package (of the first ones, where there are more packages than tasks)
-    as far as its edits go, two packages at a time.
+    """Make `count` tasks, as nearly as may be the same number of each package as far as its edits go, two packages at a
+    time.
 
     Returns a table of what was tried and found by package, and by kind of edit.
     """
     gate = asyncio.Semaphore(AT_ONCE)
 
-    async def one(package: Package, wanted: int) -> dict[str, Any]:
+    async def one(package: Package) -> dict[str, Any]:
         async with gate:
-            return await build(backend, package, wanted, folder, seed, say)
+            return await build(backend, package, wanted[package.name], folder, seed, say)
 
-    packages = list(PACKAGES)[:count]
-    share, found = math.ceil(count / len(packages)), list[dict[str, Any]]()
-    while True:
-        found = list(await asyncio.gather(*(one(package, share) for package in packages)))
-        made = sum(len(content["tasks"]) for content in found)
-        going_on = [content for content in found if not content["done"]]
-        if made >= count or not going_on:
-            return _table(found)
-        share += math.ceil((count - made) / len(going_on))
+    wanted, found = Counter[str](), dict[str, dict[str, Any]]()
+    going_on, missing = list(PACKAGES), count
+    while missing > 0 and going_on:
+        for number, package in enumerate(going_on):
+            wanted[package.name] += missing // len(going_on) + (number < missing % len(going_on))
+        chosen = [package for package in PACKAGES if wanted[package.name]]
+        contents = await asyncio.gather(*(one(package) for package in chosen))
+        found = {package.name: content for package, content in zip(chosen, contents, strict=True)}
+        going_on = [package for package in PACKAGES if not found.get(package.name, {"done": False})["done"]]
+        missing = count - sum(len(content["tasks"]) for content in contents)
+    return _table(list(found.values()))
 
 
 def _table(found: Sequence[Mapping[str, Any]]) -> str:

@@ -1,6 +1,5 @@
 /* The layers of a hybrid model, token by token: what a conversation's state is owes nothing to how many of its tokens came
-   at once. Rows of activations are float32 and lie their
-   own width apart. Every width is a multiple of 16. */
+   at once. Rows of activations are float32 and lie their own width apart. Every width is a multiple of 16. */
 
 INLINE float *take(float **scratch, long count) {
     float *found = *scratch;
