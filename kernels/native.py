@@ -10,6 +10,7 @@ import ctypes
 import functools
 import os
 import warnings
+from collections.abc import Callable
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_long, c_void_p
 from pathlib import Path
 
@@ -122,10 +123,20 @@ ARGUMENTS = {
     "decode": (POINTER(Model), POINTER(Cache), POINTER(Batch), c_long),
     "draw": (c_void_p, c_long, c_long, c_long, c_void_p, c_void_p, c_void_p, c_void_p, c_long),
 }
+"""Of every function, under its name without `palaestra_`."""
+VOID = {"pack_nvfp4", "pack", "multiply"}
+"""Those that cannot fail. The others return 0, or 1 where memory for the work cannot be had."""
 
 
 class Library:
     """The C functions, and the tier that they use."""
+
+    pack_nvfp4: Callable[..., None]
+    pack: Callable[..., None]
+    multiply: Callable[..., None]
+    multiply_int8: Callable[..., int]
+    decode: Callable[..., int]
+    draw: Callable[..., int]
 
     def __init__(self, file: Path, tier: str | None) -> None:
         code = ctypes.CDLL(str(file))
@@ -136,11 +147,9 @@ class Library:
             raise ValueError(f"{VARIABLE}={tier}: this machine has no such tier; leave it out, or set {TORCH}")
         self.tier = found.decode()
         for name, arguments in ARGUMENTS.items():
-            getattr(code, f"palaestra_{name}").argtypes = arguments
-        code.palaestra_pack.restype = code.palaestra_pack_nvfp4.restype = code.palaestra_multiply.restype = None
-        self.pack, self.pack_nvfp4 = code.palaestra_pack, code.palaestra_pack_nvfp4
-        self.multiply, self.multiply_int8 = code.palaestra_multiply, code.palaestra_multiply_int8
-        self.decode, self.draw = code.palaestra_decode, code.palaestra_draw
+            function = getattr(code, f"palaestra_{name}")
+            function.argtypes, function.restype = arguments, None if name in VOID else ctypes.c_int
+            setattr(self, name, function)
 
 
 @functools.cache

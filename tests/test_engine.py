@@ -56,6 +56,12 @@ def engine_over(network: Hybrid, config: EngineConfig | None = None) -> HybridEn
     return HybridEngine(network.config, config, network.weights(nvfp4=False))
 
 
+async def under_way(engine: HybridEngine) -> None:
+    """Until something was drawn."""
+    while not engine.stats()["drawn"]:
+        await asyncio.sleep(0)
+
+
 def prompts(count: int, seed: int = 1) -> list[list[int]]:
     generator = np.random.default_rng(seed)
     return [generator.integers(0, 48, generator.integers(1, 30)).tolist() for _ in range(count)]
@@ -152,7 +158,7 @@ async def test_cancel_ends_a_generation_and_leaves_the_others():
     engine = engine_over(model(), EngineConfig(burst=1))
     long = asyncio.create_task(engine.generate([1, 2], Sampling(max_tokens=400, seed=1), "long"))
     short = asyncio.create_task(engine.generate([1, 2], Sampling(max_tokens=20, seed=2), "short"))
-    await asyncio.sleep(0.05)
+    await under_way(engine)
     await engine.cancel("long")
     with pytest.raises(Failure) as caught:
         await long
@@ -163,9 +169,9 @@ async def test_cancel_ends_a_generation_and_leaves_the_others():
 async def test_an_update_in_flight_is_recorded_by_span_and_really_switches():
     engine = engine_over(model(), EngineConfig(burst=2))
     other = model(seed=7)
-    task = asyncio.create_task(engine.generate([1, 2, 3], Sampling(max_tokens=200, seed=3), "s"))
-    await asyncio.sleep(0.05)
     await engine.prepare(other.weights(), 5)
+    task = asyncio.create_task(engine.generate([1, 2, 3], Sampling(max_tokens=200, seed=3), "s"))
+    await under_way(engine)
     with pytest.raises(ValueError, match=r"commit\(4\): prepared is 5"):
         await engine.commit(4)
     await engine.commit(5)

@@ -71,7 +71,7 @@ INLINE vec bfloat16(const uint16_t *values) {
 
 #include "operations.h"
 
-const struct operations avx2 = {"avx2", multiply, to_bytes, multiply_int8, decode, draw};
+const struct operations avx2 = {"avx2", OPERATIONS};
 
 #if defined(__clang__)
 #pragma clang attribute pop

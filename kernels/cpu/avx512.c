@@ -61,7 +61,7 @@ INLINE vec bfloat16(const uint16_t *values) {
 
 #include "operations.h"
 
-const struct operations avx512 = {"avx512", multiply, to_bytes, multiply_int8, decode, draw};
+const struct operations avx512 = {"avx512", OPERATIONS};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -54,4 +54,4 @@ INLINE vec bfloat16(const uint16_t *values) {
 
 #include "operations.h"
 
-const struct operations portable = {"portable", multiply, to_bytes, multiply_int8, decode, draw};
+const struct operations portable = {"portable", OPERATIONS};

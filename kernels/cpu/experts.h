@@ -1,0 +1,92 @@
+/* MLPs, and mixtures of them. */
+
+static void mlp(const struct mlp *m, const float *x, long rows, float *out, float *scratch) {
+    float *inner = take(&scratch, rows * m->up.tiles * TILE);
+    full(&m->up, x, rows, inner);
+    relu_squared(inner, rows * m->up.tiles * TILE);
+    full(&m->down, inner, rows, out);
+}
+
+/* The place of the largest, the first of equals. */
+INLINE long largest(const float *values, long count) {
+    long best = 0;
+    for (long at = 1; at < count; at++)
+        if (values[at] > values[best]) best = at;
+    return best;
+}
+
+/* Only experts of the best groups, by their two best scores, keep theirs; the others have 0. */
+static void within_groups(const struct moe *m, float *scores) {
+    const long size = m->count / m->groups;
+    float best[m->groups];
+    char keep[m->groups];
+    memset(keep, 0, m->groups);
+    for (long group = 0; group < m->groups; group++) {
+        const float *of = scores + group * size;
+        long first = largest(of, size);
+        float second = -INFINITY;
+        for (long at = 0; at < size; at++)
+            if (at != first && of[at] > second) second = of[at];
+        best[group] = of[first] + second;
+    }
+    for (long time = 0; time < m->top_groups; time++) {
+        long group = largest(best, m->groups);
+        keep[group] = 1;
+        best[group] = -INFINITY;
+    }
+    for (long at = 0; at < m->count; at++)
+        if (!keep[at / size]) scores[at] = 0;
+}
+
+/* The gate's outputs [count] of a row -> the weight of every expert [count], 0 for those not chosen. */
+static void route(const struct moe *m, float *gate, float *weights) {
+    float choice[m->count], total = 0;
+    for (long at = 0; at < m->count; at++) {
+        gate[at] = 1 / (1 + expf(-gate[at]));
+        choice[at] = gate[at] + m->bias[at];
+        weights[at] = 0;
+    }
+    if (m->groups > 1) within_groups(m, choice);
+    for (long time = 0; time < m->top; time++) {
+        long best = largest(choice, m->count);
+        choice[best] = -INFINITY;
+        weights[best] = gate[best];
+        total += gate[best];
+    }
+    const float factor = m->factor / (m->normalise ? total + 1e-20f : 1);
+    for (long at = 0; at < m->count; at++) weights[at] *= factor;
+}
+
+/* Adds one expert's outputs to those rows of `out` that chose it; rows of x and out are `width` wide. */
+static void expert(const struct moe *m, long index, const float *weights, const float *x, long rows, long width, float *out,
+                   float *scratch) {
+    const struct mlp *of = m->experts + index;
+    long chosen[rows], count = 0;
+    for (long row = 0; row < rows; row++)
+        if (weights[row * m->count + index] != 0) chosen[count++] = row;
+    if (!count) return;
+    float *in = take(&scratch, count * width), *back = take(&scratch, count * width);
+    for (long at = 0; at < count; at++) memcpy(in + at * width, x + chosen[at] * width, width * sizeof(float));
+    mlp(of, in, count, back, scratch);
+    for (long at = 0; at < count; at++) {
+        const float by = weights[chosen[at] * m->count + index];
+        float *row = out + chosen[at] * width;
+        for (long i = 0; i < width; i += LANES) store(row + i, load(row + i) + load(back + at * width + i) * by);
+    }
+}
+
+static void moe(const struct moe *m, const float *x, long rows, long hidden, float *out, float *scratch) {
+    const long width = m->into.tiles ? m->into.tiles * TILE : hidden, scores = m->gate.tiles * TILE;
+    float *gate = take(&scratch, rows * scores), *weights = take(&scratch, rows * m->count);
+    float *latent = take(&scratch, rows * width), *routed = take(&scratch, rows * width), *side = take(&scratch, rows * hidden);
+    full(&m->gate, x, rows, gate);
+    for (long row = 0; row < rows; row++) route(m, gate + row * scores, weights + row * m->count);
+    if (m->into.tiles) full(&m->into, x, rows, latent);
+    memset(routed, 0, rows * width * sizeof(float));
+    for (long index = 0; index < m->count; index++)
+        expert(m, index, weights, m->into.tiles ? latent : x, rows, width, routed, scratch);
+    if (m->back.tiles) full(&m->back, routed, rows, out);
+    else memcpy(out, routed, rows * hidden * sizeof(float));
+    mlp(&m->shared, x, rows, side, scratch);
+    add(out, side, rows * hidden);
+}

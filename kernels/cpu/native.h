@@ -1,0 +1,15 @@
+/* What the files share that Python calls (kernels/native.py). */
+#ifndef NATIVE_H
+#define NATIVE_H
+
+#include "records.h"
+#include "threads.h"
+
+#define EXPORT __attribute__((visibility("default")))
+#define PIECES 4 /* a thread, so that one that is held up leaves its share to the others */
+
+extern const struct operations *tier; /* the one in use */
+
+static inline long padded(long count) { return (count + 15) / 16 * 16; }
+
+#endif
