@@ -10,14 +10,16 @@ from torch import Tensor
 
 from palaestra.kernels import fp8, nvfp4
 from palaestra.kernels.fp8 import FP8
+from palaestra.kernels.memory import Arena
 from palaestra.kernels.native import TILE, Library, Matrix, pointer
 from palaestra.kernels.nvfp4 import NVFP4
 
 Weight = NVFP4 | FP8 | Tensor
 """[N, K]: NVFP4, FP8, float32 or bf16."""
 
-NVFP4_KIND = 0
+NVFP4_KIND, INT8 = 0, 4
 KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float8_e4m3fn: 3}
+"""`enum kind` of cpu/records.h."""
 
 
 @dataclass(frozen=True)
@@ -35,43 +37,53 @@ class Packed:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-def pack(library: Library, weight: Weight) -> Packed:
-    """Pack [N, K] for `linear`. Raises ValueError for a dtype that has no kernel."""
+def pack(library: Library, weight: Weight, arena: Arena | None = None) -> Packed:
+    """Pack [N, K] for `linear`, into an arena of many weights or one of its own.
+
+    Raises ValueError for a dtype that has no kernel, and for negative block scales.
+    """
+    arena = arena or Arena()
     if isinstance(weight, NVFP4):
-        return _pack_nvfp4(library, weight)
+        return _pack_nvfp4(library, weight, arena)
     values, scale = (weight.values, float(weight.scale)) if isinstance(weight, FP8) else (weight.detach(), 1.0)
     if values.dtype not in KINDS:
         raise ValueError(f"a weight is NVFP4, FP8, float32 or bf16; got {values.dtype}")
     rows, columns = values.shape
     values = values.contiguous()
-    tiles = torch.zeros(-(-rows // TILE), columns, TILE, dtype=values.dtype)
+    tiles = arena.zeros((-(-rows // TILE), columns, TILE), values.dtype)
     library.pack(pointer(values), rows, columns, values.element_size(), pointer(tiles))
     record = Matrix(pointer(tiles), None, scale, KINDS[values.dtype], len(tiles), columns)
     return Packed(record, (tiles,), rows, columns)
 
 
-def _pack_nvfp4(library: Library, weight: NVFP4) -> Packed:
+def _pack_nvfp4(library: Library, weight: NVFP4, arena: Arena) -> Packed:
     rows, columns = weight.codes.shape[0], weight.codes.shape[1] * 2
     codes, scales = weight.codes.contiguous(), weight.scales.contiguous()
+    if (scales.view(torch.uint8) >= 0x80).any():
+        raise ValueError(f"an NVFP4 weight of {rows}x{columns} has negative block scales")
     tiles = -(-rows // TILE)
-    words = torch.zeros(tiles, columns // nvfp4.BLOCK, 2, TILE, dtype=torch.int32)
-    steps = torch.zeros(tiles, columns // nvfp4.BLOCK, TILE, dtype=torch.uint8)
+    words = arena.zeros((tiles, columns // nvfp4.BLOCK, 2, TILE), torch.int32)
+    steps = arena.zeros((tiles, columns // nvfp4.BLOCK, TILE), torch.uint8)
     library.pack_nvfp4(pointer(codes), pointer(scales), rows, columns, pointer(words), pointer(steps))
     record = Matrix(pointer(words), pointer(steps), float(weight.scale2), NVFP4_KIND, tiles, columns)
     return Packed(record, (words, steps), rows, columns)
 
 
 def linear(library: Library, x: Tensor, weight: Packed, threads: int = 1, int8: bool = False) -> Tensor:
-    """float [..., K] and a packed [N, K] -> float32 [..., N]; `int8`: with activations rounded to int8, a scale a block
-    of 16 (NVFP4 weights alone). Raises ValueError for another K and for int8 with other weights."""
+    """float [..., K] and a packed [N, K] -> float32 [..., N], bf16 activations as they are and others as float32.
+
+    `int8`: with activations rounded to int8, a scale a block of 16 (NVFP4 weights alone). Raises ValueError for another K
+    and for int8 with other weights.
+    """
     if x.shape[-1] != weight.columns:
         raise ValueError(f"a weight of {weight.columns} columns, and activations of {x.shape[-1]}")
     if int8 and weight.record.kind != NVFP4_KIND:
         raise ValueError("int8 activations need an NVFP4 weight")
-    flat = x.float().reshape(-1, weight.columns).contiguous()
+    x = x.detach() if x.dtype == torch.bfloat16 and not int8 else x.detach().float()
+    flat = x.reshape(-1, weight.columns).contiguous()
     y = torch.empty(len(flat), weight.record.tiles * TILE)
-    multiply = library.multiply_int8 if int8 else library.multiply
-    if multiply(ctypes.byref(weight.record), pointer(flat), len(flat), pointer(y), threads):
+    kind = INT8 if int8 else KINDS[flat.dtype]
+    if library.multiply(ctypes.byref(weight.record), pointer(flat), kind, len(flat), pointer(y), threads):
         raise MemoryError(f"no memory for a product with {len(flat)} rows of {weight.columns}")
     return y[:, : weight.rows].reshape(*x.shape[:-1], weight.rows)
 

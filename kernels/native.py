@@ -1,7 +1,7 @@
 """The C library: found beside this file if a compiler was there when the package was built, called through ctypes.
 
 It has a tier of code for each set of instructions and takes the best that the machine has. PALAESTRA_KERNELS names one
-(`avx512`, `avx2`, `portable`), or `torch`: none, everything in PyTorch.
+(`avx512bf16`, `avx512`, `avx2`, `portable`), or `torch`: none, everything in PyTorch.
 """
 
 from __future__ import annotations
@@ -118,13 +118,12 @@ class Batch(Structure):
 ARGUMENTS = {
     "pack_nvfp4": (c_void_p, c_void_p, c_long, c_long, c_void_p, c_void_p),
     "pack": (c_void_p, c_long, c_long, c_long, c_void_p),
-    "multiply": (POINTER(Matrix), c_void_p, c_long, c_void_p, c_long),
-    "multiply_int8": (POINTER(Matrix), c_void_p, c_long, c_void_p, c_long),
+    "multiply": (POINTER(Matrix), c_void_p, c_int32, c_long, c_void_p, c_long),
     "decode": (POINTER(Model), POINTER(Cache), POINTER(Batch), c_long),
     "draw": (c_void_p, c_long, c_long, c_long, c_void_p, c_void_p, c_void_p, c_void_p, c_long),
 }
 """Of every function, under its name without `palaestra_`."""
-VOID = {"pack_nvfp4", "pack", "multiply"}
+VOID = {"pack_nvfp4", "pack"}
 """Those that cannot fail. The others return 0, or 1 where memory for the work cannot be had."""
 
 
@@ -133,8 +132,7 @@ class Library:
 
     pack_nvfp4: Callable[..., None]
     pack: Callable[..., None]
-    multiply: Callable[..., None]
-    multiply_int8: Callable[..., int]
+    multiply: Callable[..., int]
     decode: Callable[..., int]
     draw: Callable[..., int]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from palaestra.kernels import native
 from palaestra.kernels.layouts import take_modelopt
 from palaestra.kernels.linear import Packed, Weight, pack
+from palaestra.kernels.memory import Arena
 from palaestra.kernels.native import TILE, TORCH, Library, pointer
 from palaestra.model.cache import Cache
 from palaestra.model.config import ModelConfig
@@ -102,6 +103,7 @@ class NativeDecoder:
         self._config = config
         self._weights = weights
         self._kept: list[Any] = []  # what the records point to
+        self._arena = Arena()
         self._past: tuple[Cache, native.Cache] | None = None
         layers = [self._layer(index, letter) for index, letter in enumerate(config.hybrid_override_pattern)]
         self._model = native.Model(
@@ -221,7 +223,7 @@ class NativeDecoder:
         return self._packed(self._weights[name])
 
     def _packed(self, weight: Weight) -> native.Matrix:
-        packed: Packed = pack(self._library, weight)
+        packed: Packed = pack(self._library, weight, self._arena)
         self._kept.append(packed)
         return packed.record
 

@@ -12,8 +12,10 @@
 #define LANES 8
 #define ROWS 5       /* rows of x that one pass takes */
 #define CHAINS 12     /* vectors of sums that keep it busy */
-#define CODE_ROWS 2  /* the same for NVFP4, whose codes are unpacked on the way; with more rows they are first */
+#define CODE_ROWS 2  /* the same for NVFP4, whose codes are unpacked on the way */
+#define UNPACK 1     /* whether it pays to unpack them before where there are more rows */
 #define CODE_CHAINS 4
+#define INT8_ROWS 4  /* the same for activations as bytes */
 
 typedef float vec __attribute__((vector_size(32)));
 typedef int32_t ivec __attribute__((vector_size(32)));
@@ -40,9 +42,9 @@ INLINE vec codes_at(nibbles words, int at) { /* a byte at the top of a lane: 2^2
 }
 #define CODES_UNIT 0x1p-25f
 
-/* Lane by lane the dot product of 16 codes, twice their values plus the offset, with 16 bytes. */
+/* Lane by lane `from` plus the dot product of 16 bytes with twice the values of 16 codes, plus the offset. */
 #define CODES_OFFSET 12
-INLINE ivec block_dot(const uint32_t *words, const int8_t *x) {
+INLINE ivec block_dot(const uint32_t *words, const int8_t *x, int32_t from) {
     const __m256i low = _mm256_set1_epi8(15);
     const __m256i table = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
@@ -55,7 +57,7 @@ INLINE ivec block_dot(const uint32_t *words, const int8_t *x) {
         total = _mm256_add_epi16(total, _mm256_maddubs_epi16(even, _mm256_set1_epi32(four_of(x + 8 * half))));
         total = _mm256_add_epi16(total, _mm256_maddubs_epi16(odd, _mm256_set1_epi32(four_of(x + 8 * half + 4))));
     }
-    return (ivec)_mm256_madd_epi16(total, _mm256_set1_epi16(1));
+    return (ivec)_mm256_add_epi32(_mm256_madd_epi16(total, _mm256_set1_epi16(1)), _mm256_set1_epi32(from));
 }
 
 INLINE vec e4m3(const uint8_t *codes) { /* as half-precision numbers with another exponent bias */
@@ -65,13 +67,17 @@ INLINE vec e4m3(const uint8_t *codes) { /* as half-precision numbers with anothe
     return (vec)_mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256));
 }
 
+INLINE vec e4m3_steps(const uint8_t *codes) {
+    return (vec)_mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i *)codes)), 7));
+}
+
 INLINE vec bfloat16(const uint16_t *values) {
     return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)values)), 16);
 }
 
 #include "operations.h"
 
-const struct operations avx2 = {"avx2", OPERATIONS};
+const struct operations avx2 = {"avx2", OPERATIONS, NULL};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,4 +1,4 @@
-/* AVX-512 (F, BW, VL, DQ): vectors of sixteen floats, and thirty-two registers of them. */
+/* AVX-512 (F, BW, VL, DQ). */
 #include "records.h"
 
 #if defined(__x86_64__)
@@ -9,59 +9,12 @@
 #endif
 #include <immintrin.h>
 
-#define LANES 16
-#define ROWS 12       /* rows of x that one pass takes */
-#define CHAINS 12     /* vectors of sums that keep it busy */
-#define CODE_ROWS 12  /* the same for NVFP4, whose codes are unpacked on the way; with more rows they are first */
-#define CODE_CHAINS 6
-
-typedef float vec __attribute__((vector_size(64)));
-typedef int32_t ivec __attribute__((vector_size(64)));
-
-typedef __m512i nibbles;
-
-#include "vectors.h"
-
-INLINE nibbles codes_load(const uint32_t *words) { return _mm512_loadu_si512(words); }
-
-INLINE vec codes_at(nibbles words, int at) { /* a permutation looks at the lowest four bits alone */
-    const __m512 table = _mm512_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6);
-    return (vec)_mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * at), table);
-}
-#define CODES_UNIT 1.f
-
-/* Lane by lane the dot product of 16 codes, twice their values plus the offset, with 16 bytes. */
-#define CODES_OFFSET 12
-INLINE ivec block_dot(const uint32_t *words, const int8_t *x) {
-    const __m512i low = _mm512_set1_epi8(15);
-    const __m512i table = _mm512_broadcast_i32x4(
-        _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
-    __m512i total = _mm512_setzero_si512();
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; half++) {
-        const __m512i found = _mm512_loadu_si512(words + half * TILE);
-        __m512i even = _mm512_shuffle_epi8(table, _mm512_and_si512(found, low));
-        __m512i odd = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi32(found, 4), low));
-        total = _mm512_add_epi16(total, _mm512_maddubs_epi16(even, _mm512_set1_epi32(four_of(x + 8 * half))));
-        total = _mm512_add_epi16(total, _mm512_maddubs_epi16(odd, _mm512_set1_epi32(four_of(x + 8 * half + 4))));
-    }
-    return (ivec)_mm512_madd_epi16(total, _mm512_set1_epi16(1));
-}
-
-INLINE vec e4m3(const uint8_t *codes) { /* as half-precision numbers with another exponent bias */
-    __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)codes));
-    __m256i sign = _mm256_slli_epi16(_mm256_srli_epi16(wide, 7), 15);
-    __m256i half = _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x7f)), 7), sign);
-    return (vec)_mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256));
-}
-
-INLINE vec bfloat16(const uint16_t *values) {
-    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)values)), 16);
-}
+#define BF16 0
+#include "avx512.h"
 
 #include "operations.h"
 
-const struct operations avx512 = {"avx512", OPERATIONS};
+const struct operations avx512 = {"avx512", OPERATIONS, NULL};
 
 #if defined(__clang__)
 #pragma clang attribute pop

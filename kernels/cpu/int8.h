@@ -4,56 +4,62 @@
 /* The columns in the order in which `block_dot` meets them. */
 static const int ORDER[BLOCK] = {0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15};
 
-/* Blocks of 16 floats -> bytes: scale amax / 127, to nearest. */
+#define SMALLEST 1e-36f /* 127 divided by less than that is no number */
+
+/* Blocks of 16 floats -> bytes: scale amax / 127, to nearest. What is no number makes the scale NaN. */
 static void to_bytes(const float *x, long blocks, struct bytes *to) {
     for (long block = 0; block < blocks; block++, x += BLOCK, to++) {
-        float most = 0;
+        float most = 0, poison = 0;
         int32_t total = 0;
-        for (int i = 0; i < BLOCK; i++) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
-        const float inverse = most > 0 ? 127 / most : 0;
-        for (int i = 0; i < BLOCK; i++) total += to->values[i] = (int8_t)lrintf(x[ORDER[i]] * inverse);
+        for (int i = 0; i < BLOCK; i++) {
+            most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
+            poison += x[i] * 0;
+        }
+        const float inverse = most >= SMALLEST && poison == 0 ? 127 / most : 0;
+        for (int i = 0; i < BLOCK; i++)
+            total += to->values[i] = inverse > 0 ? (int8_t)lrintf(x[ORDER[i]] * inverse) : 0;
         to->offset = -CODES_OFFSET * total;
-        to->scale = most / 127;
+        to->scale = most / 127 + poison;
     }
 }
 
-INLINE void int8_outputs(const struct pass *p, const struct bytes *x, const int rows, const int wide) {
+/* The sums of `rows` rows, a constant where this is inlined, with one tile. One: a single stream of weights comes faster
+   from memory than several side by side. */
+INLINE void int8_outputs(const struct pass *p, const struct bytes *x, const int rows) {
     const long columns = p->w->columns, blocks = columns / BLOCK;
-    vec total[MOST] = {0};
+    vec total[INT8_ROWS * PARTS] = {0};
     for (long block = 0; block < blocks; block++)
-        for (int at = 0; at < wide; at++) {
+        for (int at = 0; at < PARTS; at++) {
             const uint32_t *words = (const uint32_t *)p->w->data + place(p, at, columns * 2) + block * 2 * TILE;
-            __builtin_prefetch(words + 1024);
+            prefetch(words);
             const vec scale = step(p, NVFP4, at, block * BLOCK);
             for (int row = 0; row < rows; row++) {
                 const struct bytes *of = x + row * blocks + block;
-                vec dots = __builtin_convertvector(block_dot(words, of->values) + of->offset, vec);
-                total[row * wide + at] += dots * (scale * of->scale);
+                vec dots = __builtin_convertvector(block_dot(words, of->values, of->offset), vec);
+                total[row * PARTS + at] += dots * (scale * of->scale);
             }
         }
-    for (int at = 0; at < rows * wide; at++)
-        store(p->y + at / wide * p->y_stride + place(p, at % wide, TILE), total[at] * (p->w->scale * .5f));
+    for (int at = 0; at < rows * PARTS; at++)
+        store(p->y + at / PARTS * p->y_stride + place(p, at % PARTS, TILE), total[at] * (p->w->scale * STEPS_UNIT * .5f));
 }
 
-#define INT8_ROWS 4
+#define INT8_EXACTLY(n)                                                                                                  \
+    case n:                                                                                                              \
+        if (n <= INT8_ROWS) int8_outputs(&p, x, n);                                                                      \
+        break;
 
-/* As `multiply`, for rows of x as bytes. */
+/* As `multiply`, for rows of x as bytes. With many rows a tile stays in the cache for all of them. */
 static void multiply_int8(const struct matrix *w, long tile, long last, const struct bytes *bytes, long rows, float *y,
                           long y_stride) {
-    const long blocks = w->columns / BLOCK;
+    const long blocks = w->columns / BLOCK, times = (rows + INT8_ROWS - 1) / INT8_ROWS;
     for (; tile < last; tile++)
-        for (long row = 0; row < rows;) {
+        for (long time = 0; time < times; time++) {
+            const long row = rows * time / times;
             const struct bytes *x = bytes + row * blocks;
-            struct pass p = {w, NULL, NULL, y + row * y_stride, 0, y_stride, 0, tile, last, 0, w->columns};
-            if (rows - row >= INT8_ROWS) {
-                int8_outputs(&p, x, INT8_ROWS, PARTS);
-                row += INT8_ROWS;
-            } else if (rows - row >= 2) {
-                int8_outputs(&p, x, 2, PARTS);
-                row += 2;
-            } else {
-                int8_outputs(&p, x, 1, PARTS);
-                row += 1;
+            struct pass p = {.w = w, .y = y + row * y_stride, .y_stride = y_stride, .tile = tile};
+            switch (rows * (time + 1) / times - row) {
+            INT8_EXACTLY(1) INT8_EXACTLY(2) INT8_EXACTLY(3) INT8_EXACTLY(4)
+            INT8_EXACTLY(5) INT8_EXACTLY(6) INT8_EXACTLY(7) INT8_EXACTLY(8)
             }
         }
 }

@@ -3,7 +3,8 @@
 
 #define WIDE 256        /* columns of a tile that stay in the cache for many rows */
 #define MOST (2 * TILE) /* vectors of sums under way, at most */
-#define UNPACKED 4      /* beside `enum kind`: NVFP4 codes as floats, not yet multiplied by their blocks' scales */
+#define STEPS_UNIT 256 /* times what `e4m3_steps` makes of the codes of block scales, none of which is negative */
+#define UNPACKED 5      /* beside `enum kind`: NVFP4 codes as floats, not yet multiplied by their blocks' scales */
 
 struct unpacked {
     float values[WIDE * TILE], steps[WIDE / BLOCK * TILE];
@@ -33,12 +34,18 @@ INLINE vec weight(const struct pass *p, const int kind, int at, long column) {
 
 INLINE vec step(const struct pass *p, const int kind, int at, long block) { /* of the block that starts at that column */
     if (kind == UNPACKED) return load(p->ready->steps + (block - p->from) + at * LANES);
-    return e4m3(p->w->scales + place(p, at, p->w->columns) + block);
+    return e4m3_steps(p->w->scales + place(p, at, p->w->columns) + block);
+}
+
+/* A block's words, two lines of the cache, well before their turn. */
+INLINE void prefetch(const uint32_t *words) {
+    __builtin_prefetch(words + 1024);
+    __builtin_prefetch(words + 1024 + TILE);
 }
 
 INLINE nibbles codes(const struct pass *p, int at, long column) {
     const uint32_t *words = (const uint32_t *)p->w->data + place(p, at, p->w->columns * 2) + column * 2;
-    __builtin_prefetch(words + 512);
+    __builtin_prefetch(words + 1024);
     return codes_load(words);
 }
 
@@ -89,7 +96,7 @@ INLINE void blocks(const struct pass *p, vec *total, const int kind, const int r
 
 INLINE void outputs(const struct pass *p, const int kind, const int rows, const int wide) {
     const int blocked = kind == NVFP4 || kind == UNPACKED;
-    const float scale = p->to < p->w->columns ? 1 : p->w->scale * (blocked ? CODES_UNIT : 1);
+    const float scale = p->to < p->w->columns ? 1 : p->w->scale * (blocked ? CODES_UNIT * STEPS_UNIT : 1);
     vec total[MOST];
     for (int at = 0; at < rows * wide; at++)
         total[at] = p->from ? load(p->y + at / wide * p->y_stride + place(p, at % wide, TILE)) : (vec){0};
@@ -143,16 +150,17 @@ static void unpack(const struct pass *p, struct unpacked *to) {
         }
 }
 
-/* More rows than one pass takes: parts of a tile stay in the cache for all of them, NVFP4 codes as floats. */
-static void many(struct pass p) {
-    struct unpacked room;
-    const long rows = p.rows, times = (rows + ROWS - 1) / ROWS, columns = p.w->columns, last = p.last;
+/* More rows than one pass takes, in passes of at most `most`, over a part of a tile that stays in the cache for all of them;
+   `room`: where its codes become floats before. */
+static void many(struct pass p, long most, struct unpacked *room) {
+    const long rows = p.rows, times = (rows + most - 1) / most, columns = p.w->columns, last = p.last;
+    const long wide = p.w->kind == NVFP4 && !room ? columns : WIDE;
     for (; p.tile < last; p.tile++)
         for (p.from = 0; p.from < columns; p.from = p.to) {
-            p.to = p.from + WIDE < columns ? p.from + WIDE : columns;
+            p.to = p.from + wide < columns ? p.from + wide : columns;
             p.last = p.tile + 1;
-            p.ready = p.w->kind == NVFP4 ? &room : NULL;
-            if (p.ready) unpack(&p, &room);
+            p.ready = room;
+            if (room) unpack(&p, room);
             for (long time = 0; time < times; time++) {
                 struct pass part = p;
                 const long row = rows * time / times;
@@ -169,6 +177,9 @@ static void many(struct pass p) {
 static void multiply(const struct matrix *w, long tile, long last, const float *x, long stride, long rows, float *y,
                      long y_stride) {
     struct pass p = {w, NULL, x, y, stride, y_stride, rows, tile, last, 0, w->columns};
-    if (rows > ROWS || (w->kind == NVFP4 && rows > CODE_ROWS)) many(p);
+    struct unpacked room;
+    const int unpacks = w->kind == NVFP4 && UNPACK && rows > CODE_ROWS;
+    const long most = w->kind == NVFP4 && !unpacks ? CODE_ROWS : ROWS;
+    if (rows > most || unpacks) many(p, most, unpacks ? &room : NULL);
     else if (rows) few(p);
 }

@@ -4,8 +4,10 @@
 #define LANES 4
 #define ROWS 2       /* rows of x that one pass takes */
 #define CHAINS 8     /* vectors of sums that keep it busy */
-#define CODE_ROWS 1  /* the same for NVFP4, whose codes are unpacked on the way; with more rows they are first */
+#define CODE_ROWS 1  /* the same for NVFP4, whose codes are unpacked on the way */
+#define UNPACK 1     /* whether it pays to unpack them before where there are more rows */
 #define CODE_CHAINS 4
+#define INT8_ROWS 4  /* the same for activations as bytes */
 
 typedef float vec __attribute__((vector_size(16)));
 typedef int32_t ivec __attribute__((vector_size(16)));
@@ -29,11 +31,11 @@ INLINE vec codes_at(nibbles words, int at) {
 }
 #define CODES_UNIT 1.f
 
-/* Lane by lane the dot product of 16 codes, twice their values, with 16 bytes. */
+/* Lane by lane `from` plus the dot product of 16 bytes with twice the values of 16 codes. */
 #define CODES_OFFSET 0
-INLINE ivec block_dot(const uint32_t *words, const int8_t *x) {
+INLINE ivec block_dot(const uint32_t *words, const int8_t *x, int32_t from) {
     static const int PLACES[BLOCK] = {0, 2, 4, 6, 1, 3, 5, 7, 0, 2, 4, 6, 1, 3, 5, 7}; /* of the nibbles, in that order */
-    ivec total = {0};
+    ivec total = from - (ivec){0};
     for (int lane = 0; lane < LANES; lane++)
         for (int i = 0; i < BLOCK; i++)
             total[lane] += (int)(2 * CODES[words[i / 8 * TILE + lane] >> (4 * PLACES[i]) & 15]) * x[i];
@@ -46,6 +48,8 @@ INLINE vec e4m3(const uint8_t *codes) { /* the exponents' bias by a multiplicati
     return (vec)bits * 0x1p120f;
 }
 
+INLINE vec e4m3_steps(const uint8_t *codes) { return e4m3(codes) * 0x1p-8f; }
+
 INLINE vec bfloat16(const uint16_t *values) {
     ivec bits;
     for (int lane = 0; lane < LANES; lane++) bits[lane] = (int32_t)((uint32_t)values[lane] << 16);
@@ -54,4 +58,4 @@ INLINE vec bfloat16(const uint16_t *values) {
 
 #include "operations.h"
 
-const struct operations portable = {"portable", OPERATIONS};
+const struct operations portable = {"portable", OPERATIONS, NULL};

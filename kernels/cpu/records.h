@@ -7,7 +7,7 @@
 #define TILE 16  /* rows of a matrix that are computed side by side */
 #define BLOCK 16 /* columns under one NVFP4 scale */
 
-enum kind { NVFP4, FLOAT32, BFLOAT16, FP8 };
+enum kind { NVFP4, FLOAT32, BFLOAT16, FP8, INT8 }; /* of weights; and of activations */
 
 /* A weight [16 tiles, columns], the rows beyond those of the original zero.
    NVFP4: data uint32[tiles][columns / 16][2][16], a word for 8 columns of a row: nibbles 0 to 3 the even columns, 4 to 7
@@ -101,10 +101,12 @@ struct operations {
     void (*decode)(const struct model *model, const struct cache *cache, const struct batch *batch, float *scratch);
     void (*draw)(const float *logits, long width, float temperature, double uniform, int64_t *id, float *logprob,
                  float *scratch);
+    void (*multiply_bf16)(const struct matrix *w, long tile, long last, const uint16_t *x, long rows, float *y,
+                          long y_stride); /* NVFP4 weights; NULL in a tier without products of bf16 */
 };
 
 #if defined(__x86_64__)
-extern const struct operations avx2, avx512;
+extern const struct operations avx2, avx512, avx512bf16;
 #endif
 extern const struct operations portable;
 
