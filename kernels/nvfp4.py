@@ -142,8 +142,8 @@ def _global_scale(amax: Tensor, bound: float) -> Tensor:
     """Block maxima float32[..., N, K/16] -> float32[..., 1, 1]: 2^ceil(log2(amax / 6 / bound)), the smallest power of
     two under which no block scale exceeds `bound`; 1 for a zero matrix; not below 2^-116: bf16 would lose bits."""
     amax = amax.amax(dim=(-2, -1), keepdim=True)
-    mantissa, exponent = torch.frexp(amax / (CODE_MAX * bound))
-    scale = torch.ldexp(torch.ones_like(amax), (exponent - (mantissa == 0.5).int()).clamp(min=-116))
+    mantissa, exponent = torch.frexp((amax / (CODE_MAX * bound)).clamp(min=2.0**-116))
+    scale = torch.ldexp(torch.ones_like(amax), exponent - (mantissa == 0.5).int())
     return torch.where(amax > 0, scale, torch.ones_like(amax))
 
 
