@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import combinations
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palaestra.kernels import fp8, nvfp4
-from palaestra.kernels.linear import linear, linear_plain, pack
-from palaestra.kernels.native import FILE, Library, library
+from palaestra.kernels.linear import Weight, linear, linear_plain, pack
+from palaestra.kernels.native import FILE, TILE, Library, Matrix, library
 from palaestra.model.cache import Cache
 from palaestra.model.config import ModelConfig
 from palaestra.model.decoder import Decoder, decoder, fits
@@ -25,6 +26,10 @@ KINDS = {
     "float32": lambda weight: weight,
     "bf16": lambda weight: weight.bfloat16(),
 }
+INT8 = "nvfp4, int8 activations"
+EPS = 2.0**-24
+MARGIN = 68
+"""Bytes, or entries, around what a kernel may touch: a multiple of 4 but not of 8, so that no vector is aligned."""
 SMALL = {
     "vocab_size": 56,
     "hidden_size": 32,
@@ -81,24 +86,43 @@ def test_the_library_was_built_and_takes_the_best_tier():
     assert "portable" in tiers()
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    rows=st.integers(1, 70),
-    blocks=st.integers(1, 40),
-    batch=st.integers(1, 20),
-    kind=st.sampled_from(sorted(KINDS)),
-    threads=st.integers(1, 3),
-    seed=st.integers(0, 2**31),
-)
-def test_products_are_those_of_float64(rows, blocks, batch, kind, threads, seed):
+def values_of(weight: Weight) -> torch.Tensor:
+    """float64[N, K]."""
+    if isinstance(weight, nvfp4.NVFP4):
+        return nvfp4.dequantize(weight).double()
+    return (fp8.dequantize(weight) if isinstance(weight, fp8.FP8) else weight).double()
+
+
+PRODUCTS = {
+    "rows": st.integers(1, 70),
+    "blocks": st.integers(1, 40),
+    "batch": st.integers(1, 20),
+    "kind": st.sampled_from([*sorted(KINDS), INT8]),
+    "threads": st.integers(1, 3),
+    "seed": st.integers(0, 2**31),
+}
+"""Of weights [rows, 16 blocks] with activations [batch, 16 blocks]; of the kind INT8 those of NVFP4 with int8 ones."""
+
+
+@settings(max_examples=60, deadline=None)
+@given(**PRODUCTS, dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_products_are_those_of_float64_and_of_every_tier(rows, blocks, batch, kind, threads, seed, dtype):
     generator = torch.Generator().manual_seed(seed)
-    weight = KINDS[kind](torch.randn(rows, 16 * blocks, generator=generator))
-    x = torch.randn(batch, 16 * blocks, generator=generator)
-    expected = linear_plain(x, weight).double()
+    weight = KINDS.get(kind, nvfp4.quantize)(torch.randn(rows, 16 * blocks, generator=generator))
+    x = torch.randn(batch, 16 * blocks, generator=generator).to(dtype)
+    expected = x.double() @ values_of(weight).T
+    terms = x.double().abs() @ values_of(weight).abs().T
+    found = {}
     for name in tiers():
-        found = linear(Library(FILE, name), x, pack(Library(FILE, name), weight), threads)
-        assert found.shape == expected.shape
-        assert (found - expected).norm() <= 1e-5 * expected.norm()
+        of = Library(FILE, name)
+        found[name] = linear(of, x, pack(of, weight), threads, int8=kind == INT8)
+        assert found[name].dtype == torch.float32
+        if kind != INT8:
+            assert (found[name] - expected).norm() <= 1e-5 * expected.norm()
+        elif rows * batch >= 100:
+            assert (found[name] - expected).norm() <= 1e-2 * expected.norm()
+    for one, other in combinations(found.values(), 2):
+        assert ((one - other).abs() <= 2 * EPS * (16 * blocks + 4) * terms).all()
 
 
 @settings(max_examples=15, deadline=None)
@@ -111,10 +135,75 @@ def test_products_with_int8_activations_are_within_their_rounding(rows, blocks, 
     bound = steps @ nvfp4.dequantize(weight).abs().T * 0.501 + 1e-6
     for name in tiers():
         of = Library(FILE, name)
-        found = linear(of, x, pack(of, weight), int8=True)
-        assert ((found - linear_plain(x, weight)).abs() <= bound).all()
-        if rows * batch >= 100:
-            assert (found - linear_plain(x, weight)).norm() <= 1e-2 * linear_plain(x, weight).norm()
+        assert ((linear(of, x, pack(of, weight), int8=True) - linear_plain(x, weight)).abs() <= bound).all()
+
+
+def amid_nan(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values at an odd address, among bytes that are NaN in every format."""
+    room = torch.full((tensor.nbytes + 2 * MARGIN,), 255, dtype=torch.uint8)
+    found = room[MARGIN:-MARGIN].view(tensor.dtype).view(tensor.shape)
+    return found.copy_(tensor)
+
+
+@settings(max_examples=60, deadline=None)
+@given(**PRODUCTS)
+def test_every_output_is_written_and_nothing_around_it_is_read_or_written(rows, blocks, batch, kind, threads, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = KINDS.get(kind, nvfp4.quantize)(torch.randn(rows, 16 * blocks, generator=generator))
+    x = torch.randn(batch, 16 * blocks, generator=generator)
+    for name in tiers():
+        of = Library(FILE, name)
+        packed = pack(of, weight)
+        record = Matrix.from_buffer_copy(packed.record)
+        among = [amid_nan(tensor) for tensor in (*packed.tensors, x)]
+        record.data = among[0].data_ptr()
+        record.scales = among[1].data_ptr() if record.scales else None
+        y = torch.full((MARGIN + batch * TILE * record.tiles + MARGIN,), torch.nan)
+        multiply = of.multiply_int8 if kind == INT8 else of.multiply
+        multiply(record, among[-1].data_ptr(), batch, y[MARGIN:].data_ptr(), threads)
+        assert y[:MARGIN].isnan().all()
+        assert y[-MARGIN:].isnan().all()
+        written = y[MARGIN:-MARGIN].view(batch, -1)
+        assert torch.equal(written[:, :rows], linear(of, x, packed, int8=kind == INT8))
+        assert not written[:, rows:].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_number_stays_in_its_row(tier, kind):
+    packed = pack(tier, KINDS[kind](torch.randn(20, 528)))
+    x = torch.randn(15, 528)
+    clean = linear(tier, x, packed)
+    x[4, 77], x[9, 0] = torch.nan, torch.inf
+    found = linear(tier, x, packed)
+    others = [row for row in range(15) if row not in (4, 9)]
+    assert torch.equal(found[others], clean[others])
+    assert found[4].isnan().all()
+    assert not found[9].isfinite().any()
+
+
+def every_value(kind: str) -> Weight:
+    """A weight [N, 16] in which every value of the format stands, subnormal ones included, infinities and NaN not."""
+    if kind == "nvfp4":
+        codes = torch.arange(16, dtype=torch.uint8)
+        scales = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn)[:, None]
+        return nvfp4.NVFP4((codes[0::2] | codes[1::2] << 4).repeat(127, 1), scales, torch.tensor(0.25))
+    bytes_ = torch.arange(256, dtype=torch.uint8)
+    if kind == "fp8":
+        codes = bytes_.masked_fill(bytes_ & 127 == 127, 0).view(torch.float8_e4m3fn)
+        return fp8.FP8(codes.view(16, 16), torch.tensor(0.3))
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    values = bits.view(torch.bfloat16)
+    values = values.masked_fill(~values.isfinite(), 0).view(-1, 16)
+    return values if kind == "bf16" else values.float() * (1 + 2.0**-20)
+
+
+@pytest.mark.parametrize("together", [1, 16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_value_of_a_format_is_met_exactly(tier, kind, together):
+    weight = every_value(kind)
+    packed = pack(tier, weight)
+    found = torch.cat([linear(tier, x, packed) for x in torch.eye(16).split(together)])
+    assert torch.equal(found.T.double(), values_of(weight))
 
 
 def test_a_row_is_the_same_number_whatever_stands_beside_it_and_however_many_threads(tier):
@@ -129,15 +218,33 @@ def test_a_row_is_the_same_number_whatever_stands_beside_it_and_however_many_thr
         assert torch.equal(linear(tier, x[:count], packed, int8=True), together[:count])
 
 
-def test_every_output_is_written_and_nothing_beyond():
-    found = library()
-    packed = pack(found, torch.randn(33, 16))
-    y = torch.full((5, 48 + 1), torch.nan)
-    x = torch.randn(4, 16)
-    found.multiply(packed.record, x.data_ptr(), 4, y.data_ptr(), 1)
-    flat = y.flatten()
-    assert flat[: 4 * 48].isfinite().all()
-    assert flat[4 * 48 :].isnan().all()
+@settings(max_examples=40, deadline=None)
+@given(
+    width=st.integers(1, 300),
+    count=st.integers(1, 12),
+    threads=st.integers(1, 3),
+    spread=st.sampled_from([0.0, 1.0, 9.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_draws_are_those_of_float64_in_every_tier(width, count, threads, spread, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.full((count, width + 3), torch.nan)  # rows may lie further apart than they are wide
+    logits[:, :width] = torch.randn(count, width, generator=generator) * spread
+    uniform = torch.rand(count, generator=generator, dtype=torch.float64)
+    temperatures = torch.linspace(0.5, 1.5, count)
+    exact = (logits[:, :width].double() / temperatures.double()[:, None]).log_softmax(-1)
+    beyond = exact.exp().cumsum(-1)
+    for name in tiers():
+        ids, logprobs = torch.full((count + 1,), -1), torch.full((count + 1,), torch.nan)
+        given_ = (tensor.data_ptr() for tensor in (temperatures, uniform, ids, logprobs))
+        assert Library(FILE, name).draw(logits.data_ptr(), width + 3, width, count, *given_, threads) == 0
+        assert ids[-1] == -1
+        assert logprobs[-1].isnan()
+        at = ids[:-1, None]
+        torch.testing.assert_close(logprobs[:-1].double(), exact.gather(1, at)[:, 0], rtol=1e-5, atol=1e-5)
+        upper = beyond.gather(1, at)[:, 0]
+        lower = upper - exact.gather(1, at)[:, 0].exp()
+        assert ((lower - 1e-5 <= uniform) & (uniform <= upper + 1e-5)).all()
 
 
 def test_what_does_not_fit_is_refused():
@@ -202,6 +309,46 @@ def test_a_decode_step_is_that_of_the_network(tier, name, threads):
         step.step(ids, rows, ours)
     with pytest.raises(IndexError, match="ids from 0 to 55; got 56"):
         step.step(torch.tensor([56]), torch.tensor([1]), ours)
+
+
+def in_float64(model: Hybrid, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on the network computes in float64, also where it says float32 and where torch has no float64 for it."""
+
+    def grouped(x: torch.Tensor, weights: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+        parts = x.tensor_split(offs.tolist()[:-1])
+        return torch.cat([part @ weight for part, weight in zip(parts, weights, strict=True)])
+
+    model.double()
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", grouped)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_a_decode_step_is_that_of_float64_whatever_lay_in_its_memory(tier, name, monkeypatch):
+    config = ModelConfig(**SMALL, **CONFIGS[name])
+    model = network(config)
+    step = over(tier, model)
+    rows = torch.tensor([4, 0, 3])
+    ours, theirs = Cache.empty(config, 6, 12), Cache.empty(config, 3, 12)
+    for index, tensors in ours.layers.items():
+        for tensor in tensors:
+            fresh = tensor[rows]
+            tensor.fill_(torch.nan)
+            if index not in ours.attention:  # of which clear() leaves what was there
+                tensor[rows] = fresh
+    theirs.layers = {index: (first.double(), second.double()) for index, (first, second) in theirs.layers.items()}
+    in_float64(model, monkeypatch)
+    for _ in range(12):
+        ids = torch.randint(config.vocab_size, (3,))
+        expected = model.logits(model(ids[:, None], None, theirs)[:, 0])
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "empty", lambda *shape: torch.full(shape, torch.nan))
+            found = step.step(ids, rows, ours)
+        assert expected.dtype == torch.float64
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
+    for tensors in ours.layers.values():
+        assert all(tensor[[1, 2, 5]].isnan().all() for tensor in tensors)
 
 
 @torch.no_grad()
