@@ -24,7 +24,7 @@ def whole_model() -> Measured:
 
 
 BARS = (
-    bar(1, "NVFP4 bit for bit by 10,000 tensors a rule and as others make it; every kernel within rounding of float64")(
+    bar(1, "NVFP4 bit for bit on 10,000 tensors and as others make it; every kernel within rounding of float64")(
         exactness.exact
     ),
     bar(2, "stochastic rounding within 4 standard errors between all neighbouring codes", quick=True)(
