@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ FROM_CACHE = (1024, 256)
 THREADS = (1, 2)
 LEAST, WEIGHTS = 3, 4e8
 """A candidate's turn: so many calls at least, and about so many weights times rows of activations."""
+REST = 0.02
+"""Seconds before our turns: OpenMP's threads, torch's and ggml's, keep a core busy for up to 10 ms after their last
+call, which ours would have to share."""
 
 Candidates = dict[str, Callable[[], Any]]
 
@@ -71,7 +75,9 @@ def fastest(seconds: dict[str, list[float]]) -> dict[str, tuple[str, list[float]
 def measured(native: Library, rows: int, columns: int, batch: int) -> dict[str, Any]:
     """One row of the table, and the ways that ggml was fastest in."""
     repeats = max(LEAST, int(WEIGHTS / (rows * columns * batch)))
-    found = fastest(take_turns(ours(native, rows, columns, batch) | theirs(rows, columns, batch), repeats))
+    rest: Candidates = {"rest": lambda: time.sleep(REST / repeats)}
+    found = fastest(take_turns(rest | ours(native, rows, columns, batch) | theirs(rows, columns, batch), repeats))
+    del found["rest"]
     return {
         "shape": f"{rows}x{columns}",
         "from": "cache" if (rows, columns) == FROM_CACHE else "memory",
