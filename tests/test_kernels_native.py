@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palaestra.kernels import fp8, nvfp4
+from palaestra.kernels import linear as linear_module
 from palaestra.kernels.linear import Weight, linear, linear_plain, pack
 from palaestra.kernels.native import FILE, TILE, Library, Matrix, library
 from palaestra.model.cache import Cache
@@ -64,7 +65,7 @@ CONFIGS = {
 def tiers() -> list[str]:
     """Those of this machine, the best first."""
     found = []
-    for name in ("avx512", "avx2", "portable"):
+    for name in ("avx512bf16", "avx512", "avx2", "portable"):
         try:
             Library(FILE, name)
         except ValueError:
@@ -146,11 +147,14 @@ def amid_nan(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @settings(max_examples=60, deadline=None)
-@given(**PRODUCTS)
-def test_every_output_is_written_and_nothing_around_it_is_read_or_written(rows, blocks, batch, kind, threads, seed):
+@given(**PRODUCTS, dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_every_output_is_written_and_nothing_around_it_is_read_or_written(
+    rows, blocks, batch, kind, threads, seed, dtype
+):
     generator = torch.Generator().manual_seed(seed)
     weight = KINDS.get(kind, nvfp4.quantize)(torch.randn(rows, 16 * blocks, generator=generator))
-    x = torch.randn(batch, 16 * blocks, generator=generator)
+    x = torch.randn(batch, 16 * blocks, generator=generator).to(torch.float32 if kind == INT8 else dtype)
+    activations = linear_module.INT8 if kind == INT8 else linear_module.KINDS[x.dtype]
     for name in tiers():
         of = Library(FILE, name)
         packed = pack(of, weight)
@@ -159,13 +163,19 @@ def test_every_output_is_written_and_nothing_around_it_is_read_or_written(rows, 
         record.data = among[0].data_ptr()
         record.scales = among[1].data_ptr() if record.scales else None
         y = torch.full((MARGIN + batch * TILE * record.tiles + MARGIN,), torch.nan)
-        multiply = of.multiply_int8 if kind == INT8 else of.multiply
-        multiply(record, among[-1].data_ptr(), batch, y[MARGIN:].data_ptr(), threads)
+        assert not of.multiply(record, among[-1].data_ptr(), activations, batch, y[MARGIN:].data_ptr(), threads)
         assert y[:MARGIN].isnan().all()
         assert y[-MARGIN:].isnan().all()
         written = y[MARGIN:-MARGIN].view(batch, -1)
         assert torch.equal(written[:, :rows], linear(of, x, packed, int8=kind == INT8))
         assert not written[:, rows:].any()
+
+
+def test_activations_too_small_for_bytes_count_as_zeros_and_negative_scales_are_refused(tier):
+    weight = nvfp4.quantize(torch.randn(20, 32))
+    assert not linear(tier, torch.full((1, 32), 1e-38), pack(tier, weight), int8=True).any()
+    with pytest.raises(ValueError, match="20x32 has negative block scales"):
+        pack(tier, weight._replace(scales=(-weight.scales.float()).to(torch.float8_e4m3fn)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -179,6 +189,10 @@ def test_what_is_no_number_stays_in_its_row(tier, kind):
     assert torch.equal(found[others], clean[others])
     assert found[4].isnan().all()
     assert not found[9].isfinite().any()
+    if kind == "nvfp4":
+        found, clean = (linear(tier, values, packed, int8=True) for values in (x, torch.where(x.isfinite(), x, 0)))
+        assert torch.equal(found[others], clean[others])
+        assert not found[[4, 9]].isfinite().any()
 
 
 def every_value(kind: str) -> Weight:
@@ -213,9 +227,11 @@ def test_a_row_is_the_same_number_whatever_stands_beside_it_and_however_many_thr
         together = linear(tier, x, packed, threads=2)
         for count in range(1, 14):
             assert torch.equal(linear(tier, x[:count], packed), together[:count]), kind
-    together = linear(tier, x, packed := pack(tier, nvfp4.quantize(torch.randn(40, 1040))), threads=2, int8=True)
-    for count in range(1, 10):
-        assert torch.equal(linear(tier, x[:count], packed, int8=True), together[:count])
+    packed = pack(tier, nvfp4.quantize(torch.randn(40, 1040)))
+    for x, int8 in ((torch.randn(27, 1040), True), (torch.randn(27, 1040).bfloat16(), False)):
+        together = linear(tier, x, packed, threads=2, int8=int8)
+        for count in range(1, 14):
+            assert torch.equal(linear(tier, x[:count], packed, int8=int8), together[:count])
 
 
 @settings(max_examples=40, deadline=None)

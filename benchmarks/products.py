@@ -1,0 +1,144 @@
+"""NVFP4 products of a few rows beside torch's, ggml's and the memory: `python benchmarks/products.py [--json FILE]`.
+
+Weights rotate over more memory than the cache holds, or, in the last shape, stay in it. Of our activations (float32,
+bf16, int8), of ggml's types and of each type's ways (the weight as it is, laid out anew for the machine, the bare dot
+product) the fastest counts. No dequantised copy of a weight is kept: ours take .56 bytes a weight, torch's 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ggml
+import torch
+from turns import FROM_MEMORY, Candidates, Seconds, bandwidth, fastest, following, microseconds, ratio, take_turns
+
+from palaestra.kernels import nvfp4
+from palaestra.kernels.linear import INT8, KINDS, Packed, pack
+from palaestra.kernels.memory import Arena
+from palaestra.kernels.native import TILE, Library, library
+
+FROM_CACHE = (1024, 256)
+SHAPES = ((2688, 1024), (4096, 4096), FROM_CACHE)
+BATCHES = (1, 8)
+MANY = (64, 256)
+"""Batches for torch alone to be compared with, from memory."""
+THREADS = (1, 2)
+LEAST, WEIGHTS = 3, 4e8
+"""A candidate's turn: so many calls at least, and about so many weights times rows of activations."""
+ACTIVATIONS = {
+    "float32": KINDS[torch.float32],
+    "bf16": KINDS[torch.bfloat16],
+    "int8": INT8,
+}
+OURS, TORCH, GGML, READ = "ours", "torch, bf16", "ggml", "memory"
+
+
+def product(native: Library, weights: list[Packed], x: torch.Tensor, activations: str) -> Callable[[], None]:
+    """Ours with the next of the weights."""
+    after, y = following(weights), torch.empty(len(x), weights[0].record.tiles * TILE)
+    x = x.bfloat16() if activations == "bf16" else x
+    given = x.data_ptr(), ACTIVATIONS[activations], len(x), y.data_ptr(), torch.get_num_threads()
+
+    def call() -> None:
+        native.multiply(ctypes.byref(after().record), *given)
+        assert x is not None  # it is given by its address
+
+    return call
+
+
+def plain_product(weights: list[torch.Tensor], x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """torch's in the weights' dtype."""
+    after, x = following(weights), x.to(weights[0].dtype)
+    return lambda: torch.nn.functional.linear(x, after())
+
+
+def copies(nbytes: int, shape: tuple[int, int]) -> int:
+    """How many weights take turns."""
+    return 1 if shape == FROM_CACHE else FROM_MEMORY // nbytes
+
+
+def ours(native: Library, shape: tuple[int, int], batch: int) -> tuple[Candidates, int]:
+    """Ours and torch's, with as many threads as torch has, and the bytes of one of our weights."""
+    plain, x, arena = torch.randn(shape, dtype=torch.bfloat16), torch.randn(batch, shape[1]), Arena()
+    quantised = nvfp4.quantize(plain.float())
+    nbytes = pack(native, quantised).nbytes
+    packed = [pack(native, quantised, arena) for _ in range(copies(nbytes, shape))]
+    found = {f"{OURS}, {kind}": product(native, packed, x, kind) for kind in ACTIVATIONS}
+    return found | {TORCH: plain_product([plain.clone() for _ in range(copies(plain.nbytes, shape))], x)}, nbytes
+
+
+def theirs(shape: tuple[int, int], batch: int) -> Candidates:
+    """ggml's types, each in all its ways."""
+    found = {}
+    for kind in ggml.TYPES:
+        case = ggml.Case(kind, *shape, copies(ggml.nbytes(kind, *shape), shape), batch, torch.get_num_threads())
+        found |= {f"{GGML}, {kind}: {way}": call for way, call in ggml.candidates(case).items()}
+    return found
+
+
+def of(seconds: Seconds, start: str) -> list[float]:
+    """The fastest of those whose names begin so."""
+    return fastest(rounds for name, rounds in seconds.items() if name.startswith(start))
+
+
+def row(native: Library, shape: tuple[int, int], batch: int) -> dict[str, Any]:
+    """One row of the table: medians in us and, by their names, how many times faster ours is."""
+    candidates, nbytes = ours(native, shape, batch)
+    peers = theirs(shape, batch) if batch in BATCHES else {}
+    memory = bandwidth()
+    repeats = max(LEAST, int(WEIGHTS / (shape[0] * shape[1] * batch)))
+    seconds = take_turns({**candidates, **peers}, repeats) | take_turns({READ: memory}, 1)
+    best = of(seconds, OURS)
+    found = {
+        "shape": "x".join(map(str, shape)),
+        "from": "cache" if shape == FROM_CACHE else "memory",
+        "batch": batch,
+        "threads": torch.get_num_threads(),
+        **{f"{name}, us": microseconds(rounds) for name, rounds in seconds.items() if name.startswith(OURS)},
+        f"{TORCH}, us": microseconds(seconds[TORCH]),
+        **{f"{GGML}, {kind}, us": microseconds(of(seconds, f"{GGML}, {kind}:")) for kind in (peers and ggml.TYPES)},
+        "times torch": ratio(seconds[TORCH], best),
+    }
+    if peers:
+        found["times ggml's fastest"] = ratio(of(seconds, GGML), best)
+        found |= {f"times ggml, {kind}": ratio(of(seconds, f"{GGML}, {kind}:"), best) for kind in ("Q4_K", "NVFP4")}
+    if shape != FROM_CACHE:
+        found["GB/s"] = round(FROM_MEMORY / 1e3 / microseconds(seconds[READ]), 1)
+        found["share of it"] = round(nbytes / FROM_MEMORY * ratio(seconds[READ], best), 2)
+    return found
+
+
+def rows(native: Library) -> list[dict[str, Any]]:
+    """The whole table. Sets torch's number of threads back."""
+    found, most = [], torch.get_num_threads()
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        for shape in SHAPES:
+            for batch in (*BATCHES, *(MANY if shape != FROM_CACHE else ())):
+                found.append(row(native, shape, batch))
+                print(json.dumps(found[-1]), flush=True)
+    torch.set_num_threads(most)
+    return found
+
+
+def main() -> None:
+    """Measure and print row by row, and write the JSON file that is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    native = library()
+    if native is None:
+        raise SystemExit("the kernels were not built: there was no C compiler")
+    found = rows(native)
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

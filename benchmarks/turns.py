@@ -1,0 +1,62 @@
+"""How the benchmarks of kernels time things: candidates take turns in every round, so that noise meets them alike."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+ROUNDS = 7
+FROM_MEMORY = 256 << 20
+"""Bytes that are read before one is read again, more than caches hold."""
+REST = 0.02
+"""Seconds before a turn: OpenMP's threads, torch's and others', keep a core busy for up to 10 ms after their last call,
+which the next candidate would have to share."""
+
+Candidates = Mapping[str, Callable[[], Any]]
+Seconds = dict[str, list[float]]
+"""A call's, by candidate, one figure a round."""
+
+
+def take_turns(candidates: Candidates, repeats: int, rounds: int = ROUNDS) -> Seconds:
+    """Time them; every turn begins with a call that does not count."""
+    found: Seconds = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, call in candidates.items():
+            time.sleep(REST)
+            call()
+            started = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            found[name].append((time.perf_counter() - started) / repeats)
+    return found
+
+
+def microseconds(rounds: list[float]) -> float:
+    """Their median."""
+    return round(1e6 * statistics.median(rounds), 1)
+
+
+def ratio(slow: list[float], fast: list[float]) -> float:
+    """The median over the rounds of how many times faster."""
+    return round(statistics.median(a / b for a, b in zip(slow, fast, strict=True)), 2)
+
+
+def fastest(seconds: Iterable[list[float]]) -> list[float]:
+    """The one of the least median."""
+    return min(seconds, key=statistics.median)
+
+
+def bandwidth() -> Callable[[], torch.Tensor]:
+    """Reads FROM_MEMORY bytes with torch's number of threads, adding them up."""
+    return torch.ones(FROM_MEMORY // 4).sum
+
+
+def following(items: list[Any]) -> Callable[[], Any]:
+    """The next item of a ring."""
+    ring = itertools.cycle(items)
+    return lambda: next(ring)
