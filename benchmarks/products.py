@@ -39,17 +39,18 @@ ACTIVATIONS = {
 OURS, TORCH, GGML, READ = "ours", "torch, bf16", "ggml", "memory"
 
 
-def product(native: Library, weights: list[Packed], x: torch.Tensor, activations: str) -> Callable[[], None]:
-    """Ours with the next of the weights."""
-    after, y = following(weights), torch.empty(len(x), weights[0].record.tiles * TILE)
-    x = x.bfloat16() if activations == "bf16" else x
-    given = x.data_ptr(), ACTIVATIONS[activations], len(x), y.data_ptr(), torch.get_num_threads()
+class Product:
+    """Ours with the next of the weights; calls do nothing beside."""
 
-    def call() -> None:
-        native.multiply(ctypes.byref(after().record), *given)
-        assert x is not None  # it is given by its address
+    def __init__(self, native: Library, weights: list[Packed], x: torch.Tensor, activations: str) -> None:
+        self.x = x.bfloat16() if activations == "bf16" else x
+        self.y = torch.empty(len(x), weights[0].record.tiles * TILE)
+        shared = self.x.data_ptr(), ACTIVATIONS[activations], len(x), self.y.data_ptr(), torch.get_num_threads()
+        self.weights, self.multiply = weights, native.multiply
+        self.following = following([(ctypes.byref(weight.record), *shared) for weight in weights])
 
-    return call
+    def __call__(self) -> None:
+        self.multiply(*self.following())
 
 
 def plain_product(weights: list[torch.Tensor], x: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -69,7 +70,7 @@ def ours(native: Library, shape: tuple[int, int], batch: int) -> tuple[Candidate
     quantised = nvfp4.quantize(plain.float())
     nbytes = pack(native, quantised).nbytes
     packed = [pack(native, quantised, arena) for _ in range(copies(nbytes, shape))]
-    found = {f"{OURS}, {kind}": product(native, packed, x, kind) for kind in ACTIVATIONS}
+    found = {f"{OURS}, {kind}": Product(native, packed, x, kind) for kind in ACTIVATIONS}
     return found | {TORCH: plain_product([plain.clone() for _ in range(copies(plain.nbytes, shape))], x)}, nbytes
 
 

@@ -6,20 +6,26 @@ static const int ORDER[BLOCK] = {0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 1
 
 #define SMALLEST 1e-36f /* 127 divided by less than that is no number */
 
-/* Blocks of 16 floats -> bytes: scale amax / 127, to nearest. What is no number makes the scale NaN. */
+/* The largest magnitude of a block, NaN being larger than all others. */
+INLINE float largest_of(const float *x) {
+    int32_t bits[BLOCK], most = 0;
+    float found;
+    memcpy(bits, x, sizeof bits);
+    for (int i = 0; i < BLOCK; i++) most = (bits[i] & 0x7fffffff) > most ? bits[i] & 0x7fffffff : most;
+    memcpy(&found, &most, sizeof found);
+    return found;
+}
+
+/* Blocks of 16 floats -> bytes: scale amax / 127, to nearest. Where a value is no number, neither is the scale. */
 static void to_bytes(const float *x, long blocks, struct bytes *to) {
     for (long block = 0; block < blocks; block++, x += BLOCK, to++) {
-        float most = 0, poison = 0;
-        int32_t total = 0;
-        for (int i = 0; i < BLOCK; i++) {
-            most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
-            poison += x[i] * 0;
-        }
-        const float inverse = most >= SMALLEST && poison == 0 ? 127 / most : 0;
-        for (int i = 0; i < BLOCK; i++)
-            total += to->values[i] = inverse > 0 ? (int8_t)lrintf(x[ORDER[i]] * inverse) : 0;
+        const float most = largest_of(x), inverse = most >= SMALLEST && most < INFINITY ? 127 / most : 0;
+        int32_t rounded[BLOCK] = {0}, total = 0;
+        if (inverse > 0)
+            for (int i = 0; i < BLOCK; i++) total += rounded[i] = (int32_t)rintf(x[i] * inverse);
+        for (int i = 0; i < BLOCK; i++) to->values[i] = (int8_t)rounded[ORDER[i]];
         to->offset = -CODES_OFFSET * total;
-        to->scale = most / 127 + poison;
+        to->scale = most < INFINITY ? most / 127 : NAN;
     }
 }
 
