@@ -1,52 +1,109 @@
-"""The random Hadamard transform in plain PyTorch: spreads outliers over a block before it is quantised.
+"""The random Hadamard transform: spreads outliers over a block before it is quantised.
 
 Blocks of `size` values are multiplied by the orthonormal matrix diag(signs) H / sqrt(size), H being Sylvester's
 Hadamard matrix. Applied to both factors along their common dimension it leaves a product as it was. Source: NVIDIA's
 NVFP4 training recipe (arXiv 2509.25149), which uses size 16.
+
+What everybody calls is registered with torch as `palaestra::hadamard`: float32 on the CPU is transformed in C where
+that was built (cpu/quantize.h), everything else by `transform_plain`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from palaestra.kernels.native import Library, Rotation, library, pointer
+
 SIZES = (16, 32, 64, 128)
-
-
-@functools.lru_cache(maxsize=16)
-def matrix(size: int, seed: int = 0) -> Tensor:
-    """float32[size, size]: diag(signs) H / sqrt(size), the signs drawn by `seed` (0: none). Its transpose is its
-    inverse. Raises ValueError for a size that is none of SIZES."""
-    if size not in SIZES:
-        raise ValueError(f"the Hadamard transform has the sizes {', '.join(map(str, SIZES))}; got {size}")
-    found = torch.ones(1, 1)
-    while len(found) < size:
-        found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
-    signs = torch.ones(size)
-    if seed:
-        signs = torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
-    return signs[:, None] * found / math.sqrt(size)
 
 
 def transform(x: Tensor, size: int = 16, seed: int = 0) -> Tensor:
     """Each `size` values along the last dimension transformed: float [..., K] -> the same shape and dtype.
 
-    Raises ValueError for K not a multiple of `size`.
+    The signs are drawn by `seed` (0: none). Raises ValueError for a size that is none of SIZES and for K not a multiple
+    of it.
     """
-    return _multiplied(x, matrix(size, seed))
+    result: Tensor = torch.ops.palaestra.hadamard(x, size, seed, False)
+    return result
 
 
 def inverse(x: Tensor, size: int = 16, seed: int = 0) -> Tensor:
     """What `transform` makes `x` of. Raises as transform."""
-    return _multiplied(x, matrix(size, seed).T)
-
-
-def _multiplied(x: Tensor, by: Tensor) -> Tensor:
-    if x.shape[-1] % len(by):
-        raise ValueError(f"the Hadamard transform of size {len(by)} needs K a multiple of it; got {list(x.shape)}")
-    blocks = x.unflatten(-1, (-1, len(by)))
-    result: Tensor = (blocks @ by.to(x.device, x.dtype)).flatten(-2)
+    result: Tensor = torch.ops.palaestra.hadamard(x, size, seed, True)
     return result
+
+
+def transform_plain(x: Tensor, size: int = 16, seed: int = 0, inverse: bool = False) -> Tensor:
+    """What `transform` and `inverse` compute, in plain PyTorch, in the dtype of `x`."""
+    check(x, size)
+    by = matrix(size, seed).to(x.device, x.dtype)
+    result: Tensor = (x.unflatten(-1, (-1, size)) @ (by.T if inverse else by)).flatten(-2)
+    return result
+
+
+@functools.lru_cache(maxsize=16)
+def matrix(size: int, seed: int = 0) -> Tensor:
+    """float32[size, size], of one of SIZES: diag(signs) H / sqrt(size). Its transpose is its inverse."""
+    found = torch.ones(1, 1)
+    while len(found) < size:
+        found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
+    return signs(size, seed)[:, None] * found / math.sqrt(size)
+
+
+@functools.lru_cache(maxsize=16)
+def signs(size: int, seed: int = 0) -> Tensor:
+    """float32[size] of 1 and -1, drawn by `seed` (0: all 1)."""
+    if not seed:
+        return torch.ones(size)
+    return torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
+
+
+def check(x: Tensor, size: int) -> None:
+    """Raises ValueError as transform."""
+    if size not in SIZES:
+        raise ValueError(f"the Hadamard transform has the sizes {', '.join(map(str, SIZES))}; got {size}")
+    if x.shape[-1] % size:
+        raise ValueError(f"the Hadamard transform of size {size} needs K a multiple of it; got {list(x.shape)}")
+
+
+def _native(native: Library, x: Tensor, size: int, seed: int, inverse: bool) -> Tensor:
+    check(x, size)
+    x, y, signed = x.contiguous(), x.new_empty(x.shape), signs(size, seed)
+    rotation = Rotation(pointer(signed), size, inverse)
+    native.transform(ctypes.byref(rotation), pointer(x), pointer(y), x.numel(), torch.get_num_threads())
+    return y
+
+
+# -- what torch knows of it
+
+
+def _hadamard(x: Tensor, size: int, seed: int, inverse: bool) -> Tensor:
+    native = library() if x.device.type == "cpu" and x.dtype == torch.float32 else None
+    return transform_plain(x, size, seed, inverse) if native is None else _native(native, x, size, seed, inverse)
+
+
+def _room(x: Tensor, size: int, seed: int, inverse: bool) -> Tensor:
+    check(x, size)
+    return x.new_empty(x.shape)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.how = inputs[1:]
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    size, seed, inverse = ctx.how
+    return torch.ops.palaestra.hadamard(gradient, size, seed, not inverse), None, None, None
+
+
+NAME = "palaestra::hadamard"
+torch.library.define(NAME, "(Tensor x, int size, int seed, bool inverse) -> Tensor")
+torch.library.impl(NAME, "default", _hadamard)
+torch.library.register_fake(NAME, _room)
+torch.library.register_autograd(NAME, _backward, setup_context=_remember)

@@ -11,7 +11,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_long, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_long, c_uint64, c_void_p
 from pathlib import Path
 
 from torch import Tensor
@@ -115,16 +115,41 @@ class Batch(Structure):
     )
 
 
+class Rotation(Structure):
+    """A random Hadamard transform, or its inverse."""
+
+    _fields_ = (("signs", c_void_p), ("size", c_int32), ("inverse", c_int32))
+
+
+class Quantising(Structure):
+    """A stack of matrices, how to quantise it, and room for what is made of it."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "multiples", "scale2", "values", "codes", "scales", "amax")),
+        ("rotation", Rotation),
+        ("seed", c_uint64),
+        *((name, c_int64) for name in ("matrices", "rows", "columns")),
+        ("bound", c_float),
+        *((name, c_int32) for name in ("candidates", "square", "stochastic")),
+    )
+
+
 ARGUMENTS = {
     "pack_nvfp4": (c_void_p, c_void_p, c_long, c_long, c_void_p, c_void_p),
     "pack": (c_void_p, c_long, c_long, c_long, c_void_p),
     "multiply": (POINTER(Matrix), c_void_p, c_int32, c_long, c_void_p, c_long),
     "decode": (POINTER(Model), POINTER(Cache), POINTER(Batch), c_long),
     "draw": (c_void_p, c_long, c_long, c_long, c_void_p, c_void_p, c_void_p, c_void_p, c_long),
+    "quantize": (POINTER(Quantising), c_long),
+    "dequantize": (c_void_p, c_void_p, c_void_p, c_long, c_long, c_void_p, c_long),
+    "transform": (POINTER(Rotation), c_void_p, c_void_p, c_long, c_long),
 }
 """Of every function, under its name without `palaestra_`."""
-VOID = {"pack_nvfp4", "pack"}
-"""Those that cannot fail. The others return 0, or 1 where memory for the work cannot be had."""
+VOID = {"pack_nvfp4", "pack", "dequantize", "transform"}
+"""Those that cannot fail. The others return 0, or 1 where memory for the work cannot be had, and quantize what it
+refused."""
+NOT_FINITE, NO_FIT = 1, 2
+"""`enum refusal` of cpu/records.h."""
 
 
 class Library:
@@ -135,6 +160,9 @@ class Library:
     multiply: Callable[..., int]
     decode: Callable[..., int]
     draw: Callable[..., int]
+    quantize: Callable[..., int]
+    dequantize: Callable[..., None]
+    transform: Callable[..., None]
 
     def __init__(self, file: Path, tier: str | None) -> None:
         code = ctypes.CDLL(str(file))

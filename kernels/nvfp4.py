@@ -1,69 +1,34 @@
-"""NVFP4 in plain PyTorch: E2M1 codes, blocks of 16 along the last dimension, E4M3 block scales, one global scale.
+"""Quantising to NVFP4 and back.
 
-The global scale is a power of two, 2^ceil(log2(amax / 2688)): a code (2 significant bits) times an E4M3 scale (4) has
-at most 6, so that every dequantised weight is exactly a bf16 number. Source of the format: NVIDIA's NVFP4 (arXiv
-2509.25149) and ModelOpt's checkpoint layout.
+What everybody calls is registered with torch as `palaestra::nvfp4_*`: on the CPU it runs in C where that was built
+(cpu/quantize.h), elsewhere as in nvfp4_plain.py, where the format is. Both give the same bits, but for the draws of
+stochastic rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Literal, NamedTuple
+import ctypes
+import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
-BLOCK = 16
-CODE_MAX = 6.0
-SCALE_MIN, SCALE_MAX = 2.0**-9, 448.0
-MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-NEAR = tuple(2.0 ** (eighth / 8) for eighth in range(-4, 8))
-"""The multiples of amax / 6 among which the scale of the least squared error is looked for."""
-FOUR_OR_SIX_MAX = 256.0
-"""The largest scale where a block's top value may be 4 as well: 1.5 times it is still an E4M3 number."""
+from palaestra.kernels import hadamard
+from palaestra.kernels import nvfp4_plain as plain
+from palaestra.kernels.native import NO_FIT, NOT_FINITE, Library, Quantising, Rotation, library, pointer
+from palaestra.kernels.nvfp4_plain import BLOCK, NVFP4, PLAIN, Recipe, Rule
 
-ROUNDED = 1 + 2.0**-20
-"""How far a global scale that others computed from the same weight may be off."""
-
-Rule = Literal["max", "error", "four-or-six"]
-"""How a block's scale is chosen: its largest magnitude becomes 6; or so that the squared error is the least; or its
-largest magnitude becomes 4 or 6, whichever gives the less squared error (Four Over Six, arXiv 2512.02010)."""
-
-
-class NVFP4(NamedTuple):
-    """A quantised matrix, or a stack of them.
-
-    codes: uint8[..., K/2], two codes a byte, the even index in the low nibble (sign << 3 | magnitude index);
-    scales: float8_e4m3fn[..., K/16]; scale2: float32[...], the global scale of each [N, K] matrix of the stack.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    scale2: Tensor
-
-
-class Recipe(NamedTuple):
-    """How weights are quantised. `square`: one scale for 16 x 16 of them, so that a matrix and its transpose have the
-    same values; `generator`: round stochastically, unbiased, with numbers drawn from it (None: to nearest even)."""
-
-    rule: Rule = "max"
-    square: bool = False
-    generator: torch.Generator | None = None
-
-
-PLAIN = Recipe()
+__all__ = ["BLOCK", "NVFP4", "PLAIN", "Recipe", "dequantize", "fake_quantize", "quantize", "requantize", "transpose"]
 
 
 def quantize(weight: Tensor, recipe: Recipe = PLAIN, scale2: Tensor | None = None) -> NVFP4:
     """Quantise float [..., N, K]; `scale2` float32[...]: a global scale that is given, of any value.
 
-    Raises ValueError for K not a multiple of 16, infinities or NaN, and for a `scale2` under which values do not fit.
+    Raises ValueError for K not a multiple of 16 (or of the Hadamard transform's size), nor N where blocks are square,
+    infinities or NaN, stochastic rounding under another rule than `max`, and a `scale2` under which values do not fit.
     """
-    values, scales, scale2 = _parts(weight, recipe, scale2)
-    magnitudes = torch.tensor(MAGNITUDES, device=weight.device)
-    codes = torch.bucketize(values.abs(), magnitudes).to(torch.uint8) | (torch.signbit(values).to(torch.uint8) << 3)
-    codes = codes.flatten(-2)
-    return NVFP4(codes[..., 0::2] | (codes[..., 1::2] << 4), scales, scale2[..., 0, 0])
+    return NVFP4(*torch.ops.palaestra.nvfp4_quantize(weight.detach(), *_flat(recipe), scale2))
 
 
 def requantize(quantised: NVFP4, rows: Tensor, weight: Tensor) -> None:
@@ -76,130 +41,157 @@ def requantize(quantised: NVFP4, rows: Tensor, weight: Tensor) -> None:
 
 def dequantize(quantised: NVFP4) -> Tensor:
     """float32[..., N, K], every value exactly representable in bf16 when the global scale is a power of two."""
-    magnitudes = torch.tensor(MAGNITUDES, device=quantised.codes.device)
-    table = torch.cat([magnitudes, -magnitudes])
-    pairs = torch.stack([quantised.codes & 15, quantised.codes >> 4], dim=-1).flatten(-2)
-    values = table[pairs.long()].unflatten(-1, (-1, BLOCK))
-    result: Tensor = (values * (quantised.scales.float() * quantised.scale2[..., None, None]).unsqueeze(-1)).flatten(-2)
+    result: Tensor = torch.ops.palaestra.nvfp4_dequantize(*quantised)
     return result
 
 
 def fake_quantize(weight: Tensor, recipe: Recipe = PLAIN) -> Tensor:
-    """dequantize(quantize(weight)), with the gradient passed straight through to `weight`. Raises as quantize."""
-    result: Tensor = _StraightThrough.apply(weight, recipe)  # type: ignore[no-untyped-call]
+    """dequantize(quantize(weight)), with the gradient passed straight through to `weight` (through the inverse of the
+    Hadamard transform, where the recipe has one). Raises as quantize."""
+    result: Tensor = torch.ops.palaestra.nvfp4_fake_quantize(weight, *_flat(recipe))
     return result
 
 
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, weight: Tensor, recipe: Recipe) -> Tensor:
-        values, scales, scale2 = _parts(weight, recipe)
-        return (values * (scales.float() * scale2).unsqueeze(-1)).flatten(-2)
-
-    @staticmethod
-    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+def transpose(quantised: NVFP4) -> NVFP4:
+    """[..., N, K] of square blocks -> [..., K, N] of the same values, which are the codes of its transpose."""
+    codes = torch.stack([quantised.codes & 15, quantised.codes >> 4], dim=-1).flatten(-2).mT
+    scales = quantised.scales.view(torch.uint8)[..., ::BLOCK, :].mT.repeat_interleave(BLOCK, -2)
+    packed = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return NVFP4(packed, scales.contiguous().view(torch.float8_e4m3fn), quantised.scale2)
 
 
-def _parts(weight: Tensor, recipe: Recipe, scale2: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Signed E2M1 values float32[..., K/16, 16], E4M3 block scales [..., K/16], global scale float32[..., 1, 1]."""
-    blocks, amax = _blocks(weight)
-    if recipe.square:
-        amax = _by_square(amax, weight)
-    bound = FOUR_OR_SIX_MAX if recipe.rule == "four-or-six" else SCALE_MAX
-    scale2 = _global_scale(amax, bound) if scale2 is None else _fitting(scale2[..., None, None], amax)
-    scales = _scales(blocks, amax / (CODE_MAX * scale2), scale2, recipe)
-    scales = torch.where(amax > 0, scales, torch.ones_like(scales))
-    ratio = blocks / (scales.float() * scale2).unsqueeze(-1)
-    return _round(ratio.abs(), recipe.generator).copysign_(ratio), scales, scale2
-
-
-def _blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """float32[..., N, K/16, 16] and each block's largest magnitude. Raises ValueError for what NVFP4 cannot hold."""
-    if weight.dim() < 2 or not weight.numel() or weight.shape[-1] % BLOCK:
-        raise ValueError(f"NVFP4 needs [..., N, K] with K a multiple of {BLOCK}; got {list(weight.shape)}")
-    blocks = weight.float().contiguous().unflatten(-1, (-1, BLOCK))
-    amax = blocks.abs().amax(-1)
-    if not torch.isfinite(amax).all():
-        raise ValueError(f"NVFP4 cannot hold infinities or NaN; the weight {list(weight.shape)} has some")
-    return blocks, amax
-
-
-def _by_square(amax: Tensor, weight: Tensor) -> Tensor:
-    """The largest of each 16 rows of block maxima float32[..., N, K/16], for all 16."""
-    if amax.shape[-2] % BLOCK:
-        raise ValueError(f"square blocks need N a multiple of {BLOCK}; got {list(weight.shape)}")
-    return _over_squares(amax, torch.amax)
-
-
-def _over_squares(values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
-    squares = values.unflatten(-2, (-1, BLOCK))
-    reduced: Tensor = reduce(squares, dim=-2, keepdim=True)
-    return reduced.expand_as(squares).flatten(-3, -2)
-
-
-def _global_scale(amax: Tensor, bound: float) -> Tensor:
-    """Block maxima float32[..., N, K/16] -> float32[..., 1, 1]: 2^ceil(log2(amax / 6 / bound)), the smallest power of
-    two under which no block scale exceeds `bound`; 1 for a zero matrix; not below 2^-116: bf16 would lose bits."""
-    amax = amax.amax(dim=(-2, -1), keepdim=True)
-    mantissa, exponent = torch.frexp((amax / (CODE_MAX * bound)).clamp(min=2.0**-116))
-    scale = torch.ldexp(torch.ones_like(amax), exponent - (mantissa == 0.5).int())
-    return torch.where(amax > 0, scale, torch.ones_like(amax))
-
-
-def _fitting(scale2: Tensor, amax: Tensor) -> Tensor:
-    if (amax > CODE_MAX * SCALE_MAX * scale2 * ROUNDED).any():
-        raise ValueError(f"under the global scale {scale2.flatten().tolist()} values up to {amax.max():g} do not fit")
-    return scale2
-
-
-def _scales(blocks: Tensor, ideal: Tensor, scale2: Tensor, recipe: Recipe) -> Tensor:
-    """The blocks' E4M3 scales by the rule; `ideal` float32[..., N, K/16]: under which the largest magnitude is 6."""
+def _flat(recipe: Recipe) -> tuple[str, bool, int, int, int | None]:
+    """A recipe as registered functions take it: with a seed of 63 bits for the generator."""
+    seed = None
     if recipe.generator is not None:
-        if recipe.rule != "max":
-            raise ValueError(f"stochastic rounding is unbiased only under the rule 'max', not {recipe.rule!r}")
-        return _e4m3_above(ideal)  # nothing may be cut off at 6
-    if recipe.rule == "max":
-        return _e4m3(ideal)
-    multiples = NEAR if recipe.rule == "error" else (1.0, 1.5)
-    return _least_error(blocks / scale2.unsqueeze(-1), (_e4m3(ideal * multiple) for multiple in multiples), recipe)
+        device = recipe.generator.device
+        seed = int(torch.randint(2**63 - 1, (), generator=recipe.generator, device=device))
+    return recipe.rule, recipe.square, recipe.hadamard, recipe.signs, seed
 
 
-def _least_error(blocks: Tensor, candidates: Iterable[Tensor], recipe: Recipe) -> Tensor:
-    """Of the candidates that of the least squared error, the earlier of equals."""
-    best = least = None
-    for scales in candidates:
-        steps = scales.float().unsqueeze(-1)
-        error = (_round((blocks / steps).abs()).mul_(steps) - blocks.abs()).square().sum(-1)
-        if recipe.square:
-            error = _over_squares(error, torch.sum)
-        if best is None or least is None:
-            best, least = scales, error
-            continue
-        better = error < least
-        best, least = torch.where(better, scales, best), torch.where(better, error, least)
-    assert best is not None
-    return best
+def _recipe(device: torch.device, rule: Rule, square: bool, size: int, signs: int, seed: int | None) -> Recipe:
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    return Recipe(rule, square, generator, size, signs)
 
 
-def _e4m3(scales: Tensor) -> Tensor:
-    return scales.clamp(SCALE_MIN, SCALE_MAX).to(torch.float8_e4m3fn)
+# -- in C
 
 
-def _e4m3_above(scales: Tensor) -> Tensor:
-    """The smallest E4M3 number that is not below."""
-    nearest = _e4m3(scales)
-    code = nearest.view(torch.uint8) + (nearest.float() < scales).to(torch.uint8)
-    return code.view(torch.float8_e4m3fn)
+@functools.cache
+def _multiples(rule: Rule) -> Any:
+    found = plain.MULTIPLES[rule]
+    return (ctypes.c_float * len(found))(*found)
 
 
-def _round(magnitude: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """The nearest E2M1 magnitude, ties to the even code; with a generator one of the two nearest, so that the mean is
-    the magnitude itself. The steps are 0.5 below 2, 1 below 4, 2 above: half of the power of two in the exponent."""
-    step = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32).mul_(0.5).clamp_(0.5, 2.0)
-    steps = magnitude / step
-    if generator is None:
-        return steps.round_().mul_(step).clamp_(max=CODE_MAX)
-    below = steps.floor()
-    drawn = torch.rand(steps.shape, generator=generator, device=steps.device)
-    return (below + (drawn < steps - below)).mul_(step).clamp_(max=CODE_MAX)
+def _in_c(native: Library, weight: Tensor, recipe: Recipe, scale2: Tensor | None, **results: Tensor) -> Tensor:
+    """Quantise into `results`: codes and scales, or values. Returns the global scales, float32[...]."""
+    plain.check(weight, recipe)
+    x, multiples = weight.float().contiguous(), _multiples(recipe.rule)
+    amax = x.new_zeros(x.shape[:-2])
+    found = torch.empty_like(amax) if scale2 is None else scale2.float().expand(amax.shape).clone()
+    signs = hadamard.signs(recipe.hadamard, recipe.signs) if recipe.hadamard else None
+    job = Quantising(
+        x=pointer(x),
+        multiples=ctypes.addressof(multiples),
+        scale2=pointer(found),
+        amax=pointer(amax),
+        rotation=Rotation(None if signs is None else pointer(signs), recipe.hadamard),
+        seed=recipe.generator.initial_seed() if recipe.generator is not None else 0,
+        matrices=amax.numel(),
+        rows=x.shape[-2],
+        columns=x.shape[-1],
+        bound=plain.bound(recipe) if scale2 is None else 0,
+        candidates=len(multiples),
+        square=recipe.square,
+        stochastic=recipe.generator is not None,
+        **{name: pointer(tensor) for name, tensor in results.items()},
+    )
+    refused = native.quantize(ctypes.byref(job), torch.get_num_threads())
+    if refused == NOT_FINITE:
+        raise plain.not_finite(weight)
+    if refused == NO_FIT:
+        raise plain.no_fit(found, amax)
+    return found
+
+
+def _dequantize_in_c(native: Library, quantised: NVFP4) -> Tensor:
+    codes, scales = quantised.codes.contiguous(), quantised.scales.contiguous()
+    scale2 = quantised.scale2.float().expand(codes.shape[:-2]).contiguous()
+    values = _space(codes, scales, scale2)
+    sizes = scale2.numel(), scales.shape[-2] * scales.shape[-1]
+    native.dequantize(*map(pointer, (codes, scales, scale2)), *sizes, pointer(values), torch.get_num_threads())
+    return values
+
+
+# -- what torch knows of it
+
+
+def _library(tensor: Tensor) -> Library | None:
+    return library() if tensor.device.type == "cpu" else None
+
+
+def _quantize(weight: Tensor, *flat: Any) -> NVFP4:
+    *settings, scale2 = flat
+    recipe, native = _recipe(weight.device, *settings), _library(weight)
+    if native is None:
+        return plain.quantize(weight, recipe, scale2)
+    codes, scales, _ = _room(weight, *flat)
+    return NVFP4(codes, scales, _in_c(native, weight, recipe, scale2, codes=codes, scales=scales))
+
+
+def _dequantize(*parts: Tensor) -> Tensor:
+    native = _library(parts[0])
+    return plain.dequantize(NVFP4(*parts)) if native is None else _dequantize_in_c(native, NVFP4(*parts))
+
+
+def _fake_quantize(weight: Tensor, *flat: Any) -> Tensor:
+    recipe, native = _recipe(weight.device, *flat), _library(weight)
+    if native is None:
+        return plain.fake_quantize(weight, recipe)
+    values = _like(weight, *flat)
+    _in_c(native, weight, recipe, None, values=values)
+    return values
+
+
+def _room(weight: Tensor, *flat: Any) -> NVFP4:
+    """For the results of _quantize."""
+    plain.check(weight, _recipe(torch.device("cpu"), *flat[:-1]))
+    *batch, rows, columns = weight.shape
+    codes = weight.new_empty(*batch, rows, columns // 2, dtype=torch.uint8)
+    scales = weight.new_empty(*batch, rows, columns // BLOCK, dtype=torch.float8_e4m3fn)
+    return NVFP4(codes, scales, weight.new_empty(batch, dtype=torch.float32))
+
+
+def _space(codes: Tensor, scales: Tensor, scale2: Tensor) -> Tensor:
+    """For the result of _dequantize."""
+    return codes.new_empty(*codes.shape[:-1], codes.shape[-1] * 2, dtype=torch.float32)
+
+
+def _like(weight: Tensor, *flat: Any) -> Tensor:
+    """For the result of _fake_quantize."""
+    plain.check(weight, _recipe(torch.device("cpu"), *flat))
+    return weight.new_empty(weight.shape, dtype=torch.float32)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, _, _, ctx.size, ctx.signs, _ = inputs
+
+
+def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    back = hadamard.inverse(gradient, ctx.size, ctx.signs) if ctx.size else gradient
+    return back, None, None, None, None, None
+
+
+RECIPE = "str rule, bool square, int size, int signs, int? seed"
+QUANTIZE, DEQUANTIZE, FAKE = (f"palaestra::nvfp4_{name}" for name in ("quantize", "dequantize", "fake_quantize"))
+torch.library.define(QUANTIZE, f"(Tensor weight, {RECIPE}, Tensor? scale2) -> (Tensor, Tensor, Tensor)")
+torch.library.define(DEQUANTIZE, "(Tensor codes, Tensor scales, Tensor scale2) -> Tensor")
+torch.library.define(FAKE, f"(Tensor weight, {RECIPE}) -> Tensor")
+for name, function, empty in (
+    (QUANTIZE, _quantize, _room),
+    (DEQUANTIZE, _dequantize, _space),
+    (FAKE, _fake_quantize, _like),
+):
+    torch.library.impl(name, "default", function)
+    torch.library.register_fake(name, empty)
+torch.library.register_autograd(FAKE, _straight_through, setup_context=_remember)

@@ -1,4 +1,4 @@
-"""The plain PyTorch kernels against exact arithmetic and definitions."""
+"""Quantisation, its layouts and the Hadamard transform against exact arithmetic and definitions."""
 
 from __future__ import annotations
 

@@ -75,6 +75,24 @@ INLINE vec bfloat16(const uint16_t *values) {
     return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)values)), 16);
 }
 
+/* Eight codes, a lane each <-> four bytes, the even lane in the low nibble. */
+INLINE void codes_store(ivec codes, uint8_t *to) {
+    __m256i pairs = _mm256_or_si256((__m256i)codes, _mm256_srli_epi64((__m256i)codes, 28));
+    __m256i halves = _mm256_shuffle_epi8(pairs, _mm256_set1_epi64x(0x0800)); /* the bytes 0 and 8, at the bottom */
+    __m128i four = _mm_unpacklo_epi16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+    memcpy(to, &four, 4);
+}
+
+INLINE vec codes_values(const uint8_t *bytes) {
+    int32_t four;
+    memcpy(&four, bytes, sizeof four);
+    __m256i pairs = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+    __m256i codes = _mm256_or_si256(pairs, _mm256_slli_epi64(pairs, 28));
+    __m256i signs = _mm256_slli_epi32(_mm256_srli_epi32(codes, 3), 31);
+    __m256 magnitudes = _mm256_permutevar8x32_ps(_mm256_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6), codes); /* the low 3 bits */
+    return (vec)_mm256_or_ps(magnitudes, _mm256_castsi256_ps(signs));
+}
+
 #include "operations.h"
 
 const struct operations avx2 = {"avx2", OPERATIONS, NULL};

@@ -68,3 +68,14 @@ INLINE vec e4m3_steps(const uint8_t *codes) {
 INLINE vec bfloat16(const uint16_t *values) {
     return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)values)), 16);
 }
+
+/* Sixteen codes, a lane each <-> eight bytes, the even lane in the low nibble. */
+INLINE void codes_store(ivec codes, uint8_t *to) {
+    __m512i pairs = _mm512_or_si512((__m512i)codes, _mm512_srli_epi64((__m512i)codes, 28));
+    _mm_storel_epi64((__m128i *)to, _mm512_cvtepi64_epi8(pairs));
+}
+
+INLINE vec codes_values(const uint8_t *bytes) {
+    __m512i pairs = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)bytes));
+    return codes_at(_mm512_or_si512(pairs, _mm512_slli_epi64(pairs, 28)), 0);
+}

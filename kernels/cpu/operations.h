@@ -7,5 +7,7 @@
 #include "experts.h"
 #include "model.h"
 #include "sampling.h"
+#include "quantize.h"
 
-#define OPERATIONS multiply, to_bytes, multiply_int8, decode, draw /* in the order of `struct operations` */
+/* In the order of `struct operations`. */
+#define OPERATIONS multiply, to_bytes, multiply_int8, decode, draw, amax, quantize, dequantize, transform

@@ -56,6 +56,17 @@ INLINE vec bfloat16(const uint16_t *values) {
     return (vec)bits;
 }
 
+/* Four codes, a lane each <-> two bytes, the even lane in the low nibble. */
+INLINE void codes_store(ivec codes, uint8_t *to) {
+    for (int lane = 0; lane < LANES; lane += 2) to[lane / 2] = (uint8_t)(codes[lane] | codes[lane + 1] << 4);
+}
+
+INLINE vec codes_values(const uint8_t *bytes) {
+    vec found;
+    for (int lane = 0; lane < LANES; lane++) found[lane] = CODES[bytes[lane / 2] >> (4 * (lane % 2)) & 15];
+    return found;
+}
+
 #include "operations.h"
 
 const struct operations portable = {"portable", OPERATIONS, NULL};

@@ -90,6 +90,33 @@ struct bytes {
     int32_t unused[2];
 };
 
+/* The random Hadamard transform of blocks of 16, 32, 64 or 128 values (size 0: none), with signs [size]. */
+struct rotation {
+    const float *signs;
+    int32_t size, inverse;
+};
+
+#define PATCH 256 /* columns that are quantised at once: a multiple of every transform's size and of every tier's lanes */
+
+/* A stack x [matrices][rows][columns], transformed first where there is a rotation, and the NVFP4 that is made of it: codes
+   [..][columns / 2] and E4M3 scales [..][columns / 16]; or, where there is room for them, their values [..][columns].
+   scale2 [matrices]: the global scales; `bound`: the largest block scale by which they are found, 0: they are given.
+   multiples [candidates]: of amax / 6, among which a scale is that of the least squared error.
+   amax [matrices]: zero, then the bits of the largest magnitudes. */
+struct quantising {
+    const float *x, *multiples;
+    float *scale2, *values;
+    uint8_t *codes, *scales;
+    int32_t *amax;
+    struct rotation rotation;
+    uint64_t seed; /* of the draws of stochastic rounding */
+    int64_t matrices, rows, columns;
+    float bound;
+    int32_t candidates, square, stochastic;
+};
+
+enum refusal { NONE, NOT_FINITE, NO_FIT };
+
 /* What a tier of instructions offers. */
 struct operations {
     const char *name;
@@ -101,6 +128,10 @@ struct operations {
     void (*decode)(const struct model *model, const struct cache *cache, const struct batch *batch, float *scratch);
     void (*draw)(const float *logits, long width, float temperature, double uniform, int64_t *id, float *logprob,
                  float *scratch);
+    int32_t (*amax)(const struct quantising *q, long patch);
+    void (*quantize)(const struct quantising *q, long patch, float scale2);
+    void (*dequantize)(const uint8_t *codes, const uint8_t *scales, float scale2, long blocks, float *values);
+    void (*transform)(const struct rotation *r, const float *x, float *y, long width);
     void (*multiply_bf16)(const struct matrix *w, long tile, long last, const uint16_t *x, long rows, float *y,
                           long y_stride); /* NVFP4 weights; NULL in a tier without products of bf16 */
 };
