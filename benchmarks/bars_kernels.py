@@ -3,10 +3,54 @@
 from __future__ import annotations
 
 import exactness
+import experts
+import products
+import torch
 from bars import Measured, bar
 
 import kernels
-from palaestra.kernels.native import library
+from palaestra.kernels.native import Library, library
+
+
+def native() -> Library:
+    """The kernels. Raises LookupError where they were not built."""
+    found = library()
+    if found is None:
+        raise LookupError("the kernels were not built: there was no C compiler")
+    return found
+
+
+SHARES = {1: 0.80, 2: 0.65}
+"""Of the bandwidth, by threads."""
+AT_LEAST = {"times torch": 5.0, "times ggml, Q4_K": 1.15, "times ggml, NVFP4": 2.5}
+
+
+def products_near_memory() -> Measured:
+    """The ratios to ggml and torch with one thread at one row; two threads are held to the bandwidth and to torch."""
+    rows = products.rows(native())
+    failed = []
+    for row in rows:
+        alone, single = row["threads"] == 1, row["batch"] == 1
+        wanted = {"times torch": 0.95}
+        if row["from"] == "cache":
+            wanted |= {"times ggml's fastest": 2.0} if alone and single else {}
+        elif single:
+            wanted |= {"share of it": SHARES[row["threads"]], **(AT_LEAST if alone else {})}
+        elif row["batch"] == 8:
+            wanted |= {"times torch": 1.8}
+        name = f"{row['shape']}, batch {row['batch']}, threads {row['threads']}"
+        failed += [f"{name}: {what} {row[what]}, not {least}" for what, least in wanted.items() if row[what] < least]
+    return Measured(not failed, {"failed": failed, "rows": rows})
+
+
+def grouped_experts() -> Measured:
+    """With one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rows = experts.rows(native())
+    torch.set_num_threads(threads)
+    return Measured(all(row["times torch"] >= (3 if row["tokens"] <= 8 else 0.95) for row in rows), {"rows": rows})
+
 
 TIMES = {1: 20.0, 16: 10.0}
 DIFFERENCE = 1e-2
@@ -14,10 +58,7 @@ DIFFERENCE = 1e-2
 
 def whole_model() -> Measured:
     """With all threads; by the median of the rounds."""
-    native = library()
-    if native is None:
-        return Measured(False, {"error": "the kernels were not built"})
-    found = kernels.whole_model(native)
+    found = kernels.whole_model(native())
     shown = [found[f"{count} conversations"] for count in TIMES]
     fast = all(row["times transformers"] >= least for row, least in zip(shown, TIMES.values(), strict=True))
     return Measured(fast and all(row["logits' difference"] < DIFFERENCE for row in shown), found)
@@ -29,6 +70,12 @@ BARS = (
     ),
     bar(2, "stochastic rounding within 4 standard errors between all neighbouring codes", quick=True)(
         exactness.unbiased
+    ),
+    bar(3, "NVFP4 products: .80 (two threads .65) of the bandwidth, 5 times torch, 1.15 and 2.5 times ggml")(
+        products_near_memory
+    ),
+    bar(4, "grouped experts: 3 times a loop of torch's bf16 linears up to 8 tokens, .95 times up to 64")(
+        grouped_experts
     ),
     bar(6, "a whole model's step: 20 times transformers at one conversation, 10 times at 16, logits within 1e-2")(
         whole_model

@@ -139,13 +139,15 @@ ARGUMENTS = {
     "pack": (c_void_p, c_long, c_long, c_long, c_void_p),
     "multiply": (POINTER(Matrix), c_void_p, c_int32, c_long, c_void_p, c_long),
     "decode": (POINTER(Model), POINTER(Cache), POINTER(Batch), c_long),
+    "route": (POINTER(MoE), c_void_p, c_long, c_void_p),
+    "experts": (POINTER(MoE), c_void_p, c_long, c_long, c_void_p, c_void_p, c_long),
     "draw": (c_void_p, c_long, c_long, c_long, c_void_p, c_void_p, c_void_p, c_void_p, c_long),
     "quantize": (POINTER(Quantising), c_long),
     "dequantize": (c_void_p, c_void_p, c_void_p, c_long, c_long, c_void_p, c_long),
     "transform": (POINTER(Rotation), c_void_p, c_void_p, c_long, c_long),
 }
 """Of every function, under its name without `palaestra_`."""
-VOID = {"pack_nvfp4", "pack", "dequantize", "transform"}
+VOID = {"pack_nvfp4", "pack", "route", "dequantize", "transform"}
 """Those that cannot fail. The others return 0, or 1 where memory for the work cannot be had, and quantize what it
 refused."""
 NOT_FINITE, NO_FIT = 1, 2
@@ -159,6 +161,8 @@ class Library:
     pack: Callable[..., None]
     multiply: Callable[..., int]
     decode: Callable[..., int]
+    route: Callable[..., None]
+    experts: Callable[..., int]
     draw: Callable[..., int]
     quantize: Callable[..., int]
     dequantize: Callable[..., None]

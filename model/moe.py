@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from palaestra.kernels.experts import Routing, choose
 from palaestra.model.config import ModelConfig
 from palaestra.model.layers import MLP, Linear, relu2
 
@@ -22,6 +23,7 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self._routing = Routing(config.num_experts_per_tok, config.n_group, config.topk_group)
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
         self.register_buffer("load", torch.zeros(config.n_routed_experts, dtype=torch.int64), persistent=False)
@@ -33,23 +35,13 @@ class Router(nn.Module):
         config = self.config
         scores = torch.sigmoid(F.linear(x.float(), self.weight.float()))
         with torch.no_grad():
-            chosen = self._within_groups(scores + self.e_score_correction_bias).topk(config.num_experts_per_tok).indices
+            chosen = choose(scores + self.e_score_correction_bias, self._routing)
             if self.training:
                 self.load += torch.bincount(chosen.flatten(), minlength=config.n_routed_experts)
         weights = scores.gather(1, chosen)
         if config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return chosen, weights * config.routed_scaling_factor
-
-    def _within_groups(self, scores: Tensor) -> Tensor:
-        """Scores with the experts outside the best `topk_group` groups (by their two best scores) masked away."""
-        if self.config.n_group == 1:
-            return scores
-        groups = scores.unflatten(-1, (self.config.n_group, -1))
-        best = groups.topk(2).values.sum(-1).topk(self.config.topk_group).indices
-        keep = torch.zeros(groups.shape[:-1], dtype=torch.bool, device=scores.device).scatter_(1, best, True)
-        result: Tensor = groups.masked_fill(~keep[..., None], 0.0).flatten(-2)
-        return result
 
 
 class Experts(nn.Module):

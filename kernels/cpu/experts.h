@@ -57,21 +57,21 @@ static void route(const struct moe *m, float *gate, float *weights) {
     for (long at = 0; at < m->count; at++) weights[at] *= factor;
 }
 
-/* Adds one expert's outputs to those rows of `out` that chose it; rows of x and out are `width` wide. */
-static void expert(const struct moe *m, long index, const float *weights, const float *x, long rows, long width, float *out,
+/* One expert's outputs [count][width] for those rows of x [][width] that chose it. */
+static void expert(const struct mlp *of, const float *x, long width, const int32_t *chosen, long count, float *out,
                    float *scratch) {
-    const struct mlp *of = m->experts + index;
-    long chosen[rows], count = 0;
-    for (long row = 0; row < rows; row++)
-        if (weights[row * m->count + index] != 0) chosen[count++] = row;
-    if (!count) return;
-    float *in = take(&scratch, count * width), *back = take(&scratch, count * width);
+    float *in = take(&scratch, count * width);
     for (long at = 0; at < count; at++) memcpy(in + at * width, x + chosen[at] * width, width * sizeof(float));
-    mlp(of, in, count, back, scratch);
+    mlp(of, in, count, out, scratch);
+}
+
+/* Adds an expert's outputs to the rows of `out` that chose it, times its weight there. */
+static void scatter(const float *from, const int32_t *chosen, long count, const float *weights, long stride, long width,
+                    float *out) {
     for (long at = 0; at < count; at++) {
-        const float by = weights[chosen[at] * m->count + index];
+        const float by = weights[chosen[at] * stride];
         float *row = out + chosen[at] * width;
-        for (long i = 0; i < width; i += LANES) store(row + i, load(row + i) + load(back + at * width + i) * by);
+        for (long i = 0; i < width; i += LANES) store(row + i, load(row + i) + load(from + at * width + i) * by);
     }
 }
 
@@ -83,8 +83,14 @@ static void moe(const struct moe *m, const float *x, long rows, long hidden, flo
     for (long row = 0; row < rows; row++) route(m, gate + row * scores, weights + row * m->count);
     if (m->into.tiles) full(&m->into, x, rows, latent);
     memset(routed, 0, rows * width * sizeof(float));
-    for (long index = 0; index < m->count; index++)
-        expert(m, index, weights, m->into.tiles ? latent : x, rows, width, routed, scratch);
+    for (long index = 0; index < m->count; index++) {
+        int32_t chosen[rows];
+        const long count = choosing(weights + index, m->count, rows, chosen);
+        if (!count) continue;
+        float *back = scratch;
+        expert(m->experts + index, m->into.tiles ? latent : x, width, chosen, count, back, scratch + padded(count * width));
+        scatter(back, chosen, count, weights + index, m->count, width, routed);
+    }
     if (m->back.tiles) full(&m->back, routed, rows, out);
     else memcpy(out, routed, rows * hidden * sizeof(float));
     mlp(&m->shared, x, rows, side, scratch);

@@ -3,7 +3,7 @@
 
 INLINE float *take(float **scratch, long count) {
     float *found = *scratch;
-    *scratch += (count + 15) / 16 * 16;
+    *scratch += padded(count);
     return found;
 }
 

@@ -10,6 +10,4 @@
 
 extern const struct operations *tier; /* the one in use */
 
-static inline long padded(long count) { return (count + 15) / 16 * 16; }
-
 #endif

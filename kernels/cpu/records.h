@@ -117,6 +117,16 @@ struct quantising {
 
 enum refusal { NONE, NOT_FINITE, NO_FIT };
 
+static inline long padded(long count) { return (count + 15) / 16 * 16; }
+
+/* The rows that chose an expert: those where its weights, `stride` apart, are not 0. Returns how many. */
+static inline long choosing(const float *weights, long stride, long rows, int32_t *chosen) {
+    long count = 0;
+    for (long row = 0; row < rows; row++)
+        if (weights[row * stride] != 0) chosen[count++] = (int32_t)row;
+    return count;
+}
+
 /* What a tier of instructions offers. */
 struct operations {
     const char *name;
@@ -126,6 +136,11 @@ struct operations {
     void (*multiply_int8)(const struct matrix *w, long tile, long last, const struct bytes *x, long rows, float *y,
                           long y_stride);
     void (*decode)(const struct model *model, const struct cache *cache, const struct batch *batch, float *scratch);
+    void (*route)(const struct moe *m, float *gate, float *weights);
+    void (*expert)(const struct mlp *of, const float *x, long width, const int32_t *chosen, long count, float *out,
+                   float *scratch);
+    void (*scatter)(const float *from, const int32_t *chosen, long count, const float *weights, long stride, long width,
+                    float *out);
     void (*draw)(const float *logits, long width, float temperature, double uniform, int64_t *id, float *logprob,
                  float *scratch);
     int32_t (*amax)(const struct quantising *q, long patch);

@@ -1,0 +1,117 @@
+"""A mixture of experts, as Nemotron 3 has it: a sigmoid router, and each expert's down(relu(up(x))^2) for the rows that
+chose it, over packed weights on the CPU in C. Plain versions beside."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from palaestra.kernels.linear import Packed, Weight, linear_plain, pack
+from palaestra.kernels.memory import Arena
+from palaestra.kernels.native import MLP, TILE, Library, MoE, pointer
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How experts are chosen: the best `top` by score and bias, of the best `top_groups` of `groups` groups (a group by
+    its two best); their scores are their weights, normalised to a sum of one if so wished, times `factor`."""
+
+    top: int
+    groups: int = 1
+    top_groups: int = 1
+    normalise: bool = True
+    factor: float = 1.0
+
+
+def choose(scores: Tensor, routing: Routing) -> Tensor:
+    """float[T, E] -> the chosen experts int64[T, top], those outside the best groups counting as 0."""
+    if routing.groups > 1:
+        groups = scores.unflatten(-1, (routing.groups, -1))
+        best = groups.topk(2).values.sum(-1).topk(routing.top_groups).indices
+        keep = torch.zeros(groups.shape[:-1], dtype=torch.bool, device=scores.device).scatter_(1, best, True)
+        scores = groups.masked_fill(~keep[..., None], 0.0).flatten(-2)
+    return scores.topk(routing.top).indices
+
+
+def route(library: Library, logits: Tensor, bias: Tensor, routing: Routing) -> Tensor:
+    """The gate's outputs float32[T, E] and the correction bias float32[E], of the choice alone -> the weight of every
+    expert float32[T, E], 0 for those not chosen."""
+    gate, bias = logits.float().clone(), bias.float().contiguous()
+    weights = torch.empty_like(gate)
+    record = MoE(
+        bias=pointer(bias),
+        count=gate.shape[1],
+        top=routing.top,
+        groups=routing.groups,
+        top_groups=routing.top_groups,
+        normalise=int(routing.normalise),
+        factor=routing.factor,
+    )
+    library.route(ctypes.byref(record), pointer(gate), len(gate), pointer(weights))
+    return weights
+
+
+def route_plain(logits: Tensor, bias: Tensor, routing: Routing) -> Tensor:
+    """What `route` computes, in PyTorch and the logits' dtype."""
+    scores = torch.sigmoid(logits)
+    weights = torch.zeros_like(scores).scatter_(1, choose(scores + bias, routing), 1.0) * scores
+    if routing.normalise:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights * routing.factor
+
+
+@dataclass(frozen=True)
+class PackedExperts:
+    """Experts [inner, width] and [width, inner] that `record` points to; `parts` hold them."""
+
+    record: MoE
+    parts: tuple[object, ...]
+    width: int
+    nbytes: int
+
+
+def pack_experts(library: Library, weights: Sequence[tuple[Weight, Weight]]) -> PackedExperts:
+    """Pack every expert's up [inner, width] and down [width, inner], all of the same shapes.
+
+    Raises ValueError as `pack`, and for widths that are no multiples of 16.
+    """
+    arena = Arena()
+    packed = [(pack(library, up, arena), pack(library, down, arena)) for up, down in weights]
+    inner, width = packed[0][0].rows, packed[0][0].columns
+    if inner % TILE or width % TILE:
+        raise ValueError(f"experts need widths that are multiples of {TILE}; got {width} and {inner}")
+    records = (MLP * len(packed))(*(MLP(up.record, down.record) for up, down in packed))
+    matrices: list[Packed] = [matrix for pair in packed for matrix in pair]
+    nbytes = sum(matrix.nbytes for matrix in matrices)
+    return PackedExperts(MoE(experts=records, count=len(packed)), (records, matrices), width, nbytes)
+
+
+def experts(library: Library, x: Tensor, weights: Tensor, packed: PackedExperts, threads: int = 1) -> Tensor:
+    """The weighted sums of the experts: float [T, width], weights float[T, E], 0 for those not chosen -> float32[T,
+    width]. Sums go in the order of the experts, so that a row's result owes nothing to its company.
+
+    Raises ValueError for other shapes.
+    """
+    if x.shape != (len(weights), packed.width) or weights.shape[1] != packed.record.count:
+        shapes = f"x {list(x.shape)}, weights {list(weights.shape)}"
+        raise ValueError(f"{packed.record.count} experts of width {packed.width}; got {shapes}")
+    x, weights = x.detach().float().contiguous(), weights.detach().float().contiguous()
+    y = torch.empty_like(x)
+    record = ctypes.byref(packed.record)
+    if library.experts(record, pointer(x), len(x), packed.width, pointer(weights), pointer(y), threads):
+        raise MemoryError(f"no memory for {len(x)} rows of {packed.width}")
+    return y
+
+
+def experts_plain(x: Tensor, weights: Tensor, experts: Sequence[tuple[Weight, Weight]]) -> Tensor:
+    """What `experts` computes, in PyTorch."""
+    y = torch.zeros_like(x, dtype=torch.float32)
+    for index, (up, down) in enumerate(experts):
+        rows = weights[:, index].nonzero()[:, 0]
+        hidden = linear_plain(linear_plain(x[rows], up).relu().square(), down)
+        y[rows] += hidden * weights[rows, index, None]
+    return y

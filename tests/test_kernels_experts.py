@@ -1,0 +1,98 @@
+"""Router and experts in C against float64 and against the network's own, in every tier."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_kernels_native import KINDS, tiers, values_of
+
+from palaestra.kernels import nvfp4
+from palaestra.kernels.experts import Routing, experts, experts_plain, pack_experts, route, route_plain
+from palaestra.kernels.native import FILE, Library
+from palaestra.model.config import ModelConfig
+from palaestra.model.moe import Router
+
+ROUTINGS = st.sampled_from(
+    [
+        Routing(top=2),
+        Routing(top=3, normalise=False, factor=2.5),
+        Routing(top=2, groups=4, top_groups=2),
+        Routing(top=1, groups=2, top_groups=1, factor=0.5),
+    ]
+)
+
+
+def gold(x, weights, pairs):
+    """float64[T, width]."""
+    up, down = (torch.stack([values_of(pair[side]) for pair in pairs]) for side in (0, 1))
+    hidden = torch.einsum("tw,eiw->tei", x.double(), up).relu().square()
+    return torch.einsum("tei,ewi,te->tw", hidden, down, weights.double())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(1, 30),
+    count=st.sampled_from([8, 16]),
+    width=st.sampled_from([16, 48]),
+    inner=st.sampled_from([16, 80]),
+    kind=st.sampled_from(sorted(KINDS)),
+    routing=ROUTINGS,
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_experts_are_those_of_float64_alone_and_in_company(tokens, count, width, inner, kind, routing, threads, seed):
+    generator = torch.Generator().manual_seed(seed)
+    pairs = [
+        tuple(KINDS[kind](torch.randn(shape, generator=generator)) for shape in ((inner, width), (width, inner)))
+        for _ in range(count)
+    ]
+    x = torch.randn(tokens, width, generator=generator)
+    weights = route_plain(torch.randn(tokens, count, generator=generator), torch.zeros(count), routing)
+    expected = gold(x, weights, pairs)
+    assert (experts_plain(x, weights, pairs) - expected).norm() <= 1e-5 * expected.norm()
+    for name in tiers():
+        of = Library(FILE, name)
+        packed = pack_experts(of, pairs)
+        found = experts(of, x, weights, packed, threads)
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
+        assert torch.equal(experts(of, x[:1], weights[:1], packed), found[:1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(tokens=st.integers(1, 20), routing=ROUTINGS, bias=st.booleans(), seed=st.integers(0, 2**31))
+def test_routes_are_those_of_float64_and_of_the_network(tokens, routing, bias, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(tokens, 16, generator=generator)
+    correction = torch.rand(16, generator=generator) * bias
+    expected = route_plain(logits.double(), correction.double(), routing)
+    for name in tiers():
+        torch.testing.assert_close(route(Library(FILE, name), logits, correction, routing).double(), expected)
+    config = ModelConfig(
+        hybrid_override_pattern="E",
+        hidden_size=16,
+        n_routed_experts=16,
+        num_experts_per_tok=routing.top,
+        n_group=routing.groups,
+        topk_group=routing.top_groups,
+        norm_topk_prob=routing.normalise,
+        routed_scaling_factor=routing.factor,
+    )
+    router = Router(config).eval()
+    router.weight.data, router.e_score_correction_bias = torch.eye(16), correction
+    chosen, weights = router(logits)
+    assert torch.equal(torch.zeros(tokens, 16).scatter_(1, chosen, weights.detach()) != 0, expected != 0)
+    torch.testing.assert_close(weights.double(), expected.gather(1, chosen))
+
+
+def test_nobody_chosen_is_nothing_and_other_shapes_are_refused():
+    of = Library(FILE, None)
+    packed = pack_experts(of, [(nvfp4.quantize(torch.randn(32, 16)), nvfp4.quantize(torch.randn(16, 32)))] * 2)
+    assert packed.nbytes == 4 * 32 * 16 * 9 // 16
+    assert not experts(of, torch.full((3, 16), torch.nan), torch.zeros(3, 2), packed).any()
+    assert experts(of, torch.zeros(0, 16), torch.zeros(0, 2), packed).shape == (0, 16)
+    with pytest.raises(ValueError, match=r"2 experts of width 16; got x \[3, 32\], weights \[3, 2\]"):
+        experts(of, torch.zeros(3, 32), torch.zeros(3, 2), packed)
+    with pytest.raises(ValueError, match="multiples of 16; got 16 and 24"):
+        pack_experts(of, [(torch.zeros(24, 16), torch.zeros(16, 24))])
