@@ -105,6 +105,17 @@ class Cache(Structure):
     _fields_ = (("layers", POINTER(Past)), ("capacity", c_int64))
 
 
+class Pages(Structure):
+    """Keys and values of many conversations."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("keys", "values", "table")),
+        *((name, c_int64) for name in ("stride", "tokens")),
+        *((name, c_float) for name in ("key_scale", "value_scale")),
+        *((name, c_int32) for name in ("kind", "heads", "kv_heads", "dim")),
+    )
+
+
 class Batch(Structure):
     """Tokens of conversations."""
 
@@ -139,6 +150,7 @@ ARGUMENTS = {
     "pack": (c_void_p, c_long, c_long, c_long, c_void_p),
     "multiply": (POINTER(Matrix), c_void_p, c_int32, c_long, c_void_p, c_long),
     "decode": (POINTER(Model), POINTER(Cache), POINTER(Batch), c_long),
+    "attend": (POINTER(Pages), c_void_p, c_void_p, c_long, c_void_p, c_long),
     "route": (POINTER(MoE), c_void_p, c_long, c_void_p),
     "experts": (POINTER(MoE), c_void_p, c_long, c_long, c_void_p, c_void_p, c_long),
     "draw": (c_void_p, c_long, c_long, c_long, c_void_p, c_void_p, c_void_p, c_void_p, c_long),
@@ -161,6 +173,7 @@ class Library:
     pack: Callable[..., None]
     multiply: Callable[..., int]
     decode: Callable[..., int]
+    attend: Callable[..., int]
     route: Callable[..., None]
     experts: Callable[..., int]
     draw: Callable[..., int]

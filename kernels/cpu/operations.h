@@ -10,4 +10,4 @@
 #include "quantize.h"
 
 /* In the order of `struct operations`. */
-#define OPERATIONS multiply, to_bytes, multiply_int8, decode, route, expert, scatter, draw, amax, quantize, dequantize, transform
+#define OPERATIONS multiply, to_bytes, multiply_int8, decode, attend, route, expert, scatter, draw, amax, quantize, dequantize, transform

@@ -71,6 +71,16 @@ struct cache {
     int64_t capacity;
 };
 
+/* Keys and values of many conversations, FLOAT32, BFLOAT16 or FP8 times a scale: [pages][kv heads][tokens][dim]. The pages
+   of conversation i, in their order: table[i][stride]. */
+struct pages {
+    const void *keys, *values;
+    const int32_t *table;
+    int64_t stride, tokens;
+    float key_scale, value_scale;
+    int32_t kind, heads, kv_heads, dim;
+};
+
 /* Tokens of conversations: which they are, the conversations' rows in the cache, how many tokens those hold before each.
    A conversation's tokens stand one after the other. Logits [wanted tokens][stride] are computed for those that `wanted`
    marks. */
@@ -136,6 +146,8 @@ struct operations {
     void (*multiply_int8)(const struct matrix *w, long tile, long last, const struct bytes *x, long rows, float *y,
                           long y_stride);
     void (*decode)(const struct model *model, const struct cache *cache, const struct batch *batch, float *scratch);
+    void (*attend)(const struct pages *p, long conversation, long head, const float *q, long length, float *y,
+                   float *scores);
     void (*route)(const struct moe *m, float *gate, float *weights);
     void (*expert)(const struct mlp *of, const float *x, long width, const int32_t *chosen, long count, float *out,
                    float *scratch);
