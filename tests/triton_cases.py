@@ -169,6 +169,12 @@ def test_the_router(count, routing):
     torch.testing.assert_close(weights, plain_weights, rtol=1e-5, atol=1e-6)
 
 
+def test_outside_the_best_groups_the_router_takes_scores_for_0():
+    bias = torch.tensor([-2.0] * 4 + [-3.0] * 4, device=DEVICE)
+    chosen, _ = route(torch.zeros(1, 8, device=DEVICE), bias, Routing(4, groups=2, top_groups=1))
+    assert sorted(chosen[0].tolist()) == [4, 5, 6, 7]
+
+
 def test_of_equal_scores_the_router_takes_the_lower_index():
     chosen, weights = route(torch.zeros(1, 8, device=DEVICE), torch.zeros(8, device=DEVICE), Routing(3))
     assert chosen.tolist() == [[0, 1, 2]]
@@ -222,6 +228,8 @@ def test_stochastic_rounding_is_unbiased(square):
     many = row.expand(DRAWS, 32).contiguous()
     drawn = quantize(many, square, seed=7)
     unbiased(nvfp4.dequantize(drawn), row.double())
+    plain = nvfp4.quantize(many, Recipe(square=square, generator=torch.Generator(DEVICE).manual_seed(7)))
+    assert torch.equal(drawn.scales.view(torch.uint8), plain.scales.view(torch.uint8))
     same(drawn, quantize(many, square, seed=7))
     assert not torch.equal(drawn.codes, quantize(many, square, seed=8).codes)
 
@@ -278,15 +286,18 @@ def test_decode_steps(shape, kept, dtype):
     pool = decode.Pool(randn(6, kernel - 1, channels, dtype=dtype), randn(6, heads, dim, state, dtype=kept))
     slots = torch.tensor([4, 0, 3], device=DEVICE)
     untouched = [part[[1, 2, 5]].clone() for part in pool]
+    if kept == torch.float32:
+        pool.states[slots[:2]] = 0  # then the first step's states are proportional to dt
     for _ in range(2):
         past = tuple(part[slots].double() for part in pool)
         projected = randn(3, heads * dim + channels + heads, dtype=dtype)
-        projected[0, -heads:] = -12  # softplus far below 1
+        projected[:2, -heads:] = torch.tensor([[-12.0], [-5.0]])  # softplus far below 1
         exact = made(projected[:, None].double(), None, past)[:, 0]
         found = decode.step(projected, fused(made), pool, slots)
         assert found.dtype == dtype
         close(found, exact)
-        close(pool.states[slots], past[1])
+        for slot, state in zip(slots, past[1], strict=True):
+            close(pool.states[slot], state)
         assert torch.equal(pool.windows[slots].double(), past[0])
     assert all(torch.equal(part[[1, 2, 5]], before) for part, before in zip(pool, untouched, strict=True))
 
@@ -304,6 +315,9 @@ def test_states_are_rounded_without_bias(kept):
     decode.step(projected, parameters, rounded, slots, seed=3)
     decode.step(projected[:1], parameters, kept_whole, slots[:1])
     unbiased(rounded.states, kept_whole.states[0].double())
+    about, numbers = kept_whole.states, torch.finfo(kept)
+    spacing = numbers.eps * torch.clamp(about.abs(), min=numbers.smallest_normal)
+    assert ((rounded.states.float() - about).abs() <= spacing).all()
     with pytest.raises(ValueError, match="stochastic"):
         decode.step(projected[:1], parameters, kept_whole, slots[:1], seed=3)
 
@@ -355,7 +369,7 @@ def test_the_scan_and_its_gradients(lengths, heads, dim, state, groups, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "page", "lengths"),
-    [(4, 1, 24, 5, [1, 0, 83]), (6, 2, 16, 16, [64, 65])]
+    [(4, 1, 24, 5, [200, 0, 83]), (6, 2, 16, 16, [64, 65, 1])]
     if INTERPRETED
     else [(32, 2, 128, 16, [1, 0, 4097, 30000]), (32, 8, 128, 64, [700])],
 )

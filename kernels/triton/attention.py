@@ -142,7 +142,7 @@ def _reduce(
     slot = place * PARTS + part
     largest = tl.load(weights + slot * 2, mask=inside, other=float("-inf"))
     total = tl.load(weights + slot * 2 + 1, mask=inside, other=0.0)
-    factor = tl.where(total > 0, tl.exp(largest - tl.max(largest, 0)), 0.0)
+    factor = tl.exp(largest - tl.maximum(tl.max(largest, 0), -3e38))  # the bound: where no part has tokens
     at = outputs + slot[:, None] * DIM + column[None, :]
     acc = tl.load(at, mask=inside[:, None] & wide[None, :], other=0.0)
     whole = tl.sum(total * factor, 0)

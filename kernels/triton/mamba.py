@@ -48,7 +48,7 @@ def step(projected: Tensor, mixer: Mixer, pool: Pool, slots: Tensor, seed: int |
 
     slots: int64[B], distinct places in the pool, whose states move on by the token. `seed`: states are rounded to their
     dtype stochastically, with Philox numbers; pass another one for every token. None: to nearest.
-    Raises ValueError for a seed with float32 states, and for another dtype.
+    Raises ValueError for a seed with float32 states, a convolution of one token, and another dtype.
     """
     require(projected, torch.bfloat16, torch.float32)
     require(pool.states, torch.float32, *HALVES)
@@ -56,6 +56,8 @@ def step(projected: Tensor, mixer: Mixer, pool: Pool, slots: Tensor, seed: int |
         raise ValueError("stochastic rounding needs states in float16 or bf16")
     _, heads, dim, state = pool.states.shape
     channels, kernel = mixer.conv.shape
+    if kernel < 2:
+        raise ValueError("a convolution of one token has no window; the kernel needs at least two")
     width, batch = heads * dim, len(projected)
     y = projected.new_empty(batch, width)
     if not batch:
