@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from palaestra.kernels import hadamard, nvfp4
@@ -13,7 +14,6 @@ from palaestra.kernels.nvfp4 import NVFP4, Recipe
 from palaestra.kernels.triton import available, blackwell, products
 from palaestra.kernels.triton import mamba as decode
 from palaestra.kernels.triton.attention import Pages, attend, attend_plain
-from palaestra.kernels.triton.device import INTERPRETED
 from palaestra.kernels.triton.experts import Routing, experts, route
 from palaestra.kernels.triton.linear import linear
 from palaestra.kernels.triton.quantize import Hadamard, quantize, transform
@@ -22,6 +22,7 @@ from palaestra.model import mamba as plain_mamba
 from palaestra.model.config import ModelConfig
 from palaestra.model.moe import Router
 
+INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 DTYPES = [torch.float32, torch.bfloat16]

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from palaestra.kernels.triton.device import dot_type, power_of_two, processors, require
+from palaestra.kernels.triton.device import dot, dot_type, power_of_two, processors, require
 from palaestra.kernels.triton.formats import E4M3_UNIT, e4m3
 
 TOKENS = 64
@@ -71,7 +71,7 @@ def attend(q: Tensor, pages: Pages) -> Tensor:
         q.contiguous(), *(part.view(torch.uint8) if fp8 else part for part in pages[:2]), pages.table.contiguous(),
         pages.lengths.contiguous(), one if pages.key_scale is None else pages.key_scale, outputs, weights,
         pages.table.shape[1], dim**-0.5, *pages.keys.stride()[:3],
-        HEADS=heads // kv_heads, DIM=dim, PAGE=page, PARTS=parts, FP8=fp8, DOT=dot_type(q), TOKENS=TOKENS,
+        HEADS=heads // kv_heads, DIM=dim, PAGE=page, PARTS=parts, FP8=fp8, DOT=dot_type(q, pages.keys), TOKENS=TOKENS,
         ROWS=max(power_of_two(heads // kv_heads), SMALLEST_DOT), WIDE=max(power_of_two(dim), SMALLEST_DOT),
     )  # fmt: skip
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -83,11 +83,11 @@ def attend(q: Tensor, pages: Pages) -> Tensor:
 
 
 @triton.jit
-def _cached(at, there, FP8: tl.constexpr, DOT: tl.constexpr):
+def _cached(at, there, FP8: tl.constexpr):
     values = tl.load(at, mask=there, other=0)
     if FP8:
         values = e4m3(values) * E4M3_UNIT
-    return values.to(DOT)
+    return values
 
 
 @triton.jit
@@ -105,7 +105,6 @@ def _attend(
     place = (row * tl.num_programs(1) + kv) * HEADS + head
     inside, wide = head < HEADS, column < DIM
     query = tl.load(q + place[:, None] * DIM + column[None, :], mask=inside[:, None] & wide[None, :], other=0)
-    query = query.to(DOT)
     factor *= tl.load(key_scale)
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -116,14 +115,14 @@ def _attend(
         page = tl.load(table + row * pages + at // PAGE, mask=seen, other=0).to(tl.int64)
         offset = page * page_step + (at % PAGE) * token_step + kv * head_step
         there = seen[:, None] & wide[None, :]
-        k = _cached(keys + offset[:, None] + column[None, :], there, FP8, DOT)
-        v = _cached(values + offset[:, None] + column[None, :], there, FP8, DOT)
-        scores = tl.dot(query, tl.trans(k), input_precision="tf32x3") * factor
+        k = _cached(keys + offset[:, None] + column[None, :], there, FP8)
+        v = _cached(values + offset[:, None] + column[None, :], there, FP8)
+        scores = dot(query, tl.trans(k), DOT) * factor
         scores = tl.where(seen[None, :], scores, float("-inf"))
         new = tl.maximum(largest, tl.max(scores, 1))
         weight, old = tl.exp(scores - new[:, None]), tl.exp(largest - new)
         total = total * old + tl.sum(weight, 1)
-        acc = tl.dot(weight.to(DOT), v, acc * old[:, None], input_precision="tf32x3")
+        acc = dot(weight, v, DOT, acc * old[:, None])
         largest = new
     slot = place * PARTS + part
     tl.store(outputs + slot[:, None] * DIM + column[None, :], acc, mask=inside[:, None] & wide[None, :])

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED: bool = triton.knobs.runtime.interpret
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 PROCESSORS_WITHOUT_DEVICE = 4
 """Small, so that the interpreter runs few programs and still splits sums."""
 
@@ -23,12 +23,22 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def dot_type(x: Tensor) -> Any:
-    """In which type `x` enters tl.dot: bf16 if it is bf16, else float32. The interpreter's tl.dot knows no bf16.
+def dot_type(*factors: Tensor) -> Any:
+    """In which type tensors enter a product: float32 if one of them is float32, else bf16."""
+    return tl.float32 if any(factor.dtype == torch.float32 for factor in factors) else tl.bfloat16
 
-    Products of float32 ask for `tf32x3`, three products of TF32 parts: under `ieee` Triton 3.7 compiles a plain TF32
-    product for compute capability 10.0."""
-    return tl.bfloat16 if x.dtype == torch.bfloat16 and not INTERPRETED else tl.float32
+
+@triton.jit
+def dot(left, right, TYPE: tl.constexpr, acc=None):
+    """left right + acc, float32, of operands rounded to TYPE.
+
+    The interpreter's tl.dot knows no bf16. float32 asks for `tf32x3`, three products of TF32 parts: under `ieee` Triton
+    3.7 compiles a plain TF32 product for compute capability 10.0.
+    """
+    left, right = left.to(TYPE), right.to(TYPE)
+    if INTERPRETED:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, acc, input_precision="tf32x3")
 
 
 def power_of_two(count: int) -> int:

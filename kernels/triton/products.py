@@ -7,7 +7,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from palaestra.kernels.triton.device import power_of_two
+from palaestra.kernels.triton.device import dot, power_of_two
 from palaestra.kernels.triton.formats import E2M1_UNIT, E4M3_UNIT, e2m1, e4m3
 
 VECTOR_ROWS = 4
@@ -62,6 +62,6 @@ def product(
         if VECTOR:
             acc += tl.sum(even.to(tl.float32)[:, None, :] * low[None] + odd.to(tl.float32)[:, None, :] * high[None], 2)
         else:
-            acc = tl.dot(even.to(DOT), tl.trans(low.to(DOT)), acc, input_precision="tf32x3")
-            acc = tl.dot(odd.to(DOT), tl.trans(high.to(DOT)), acc, input_precision="tf32x3")
+            acc = dot(even, tl.trans(low), DOT, acc)
+            acc = dot(odd, tl.trans(high), DOT, acc)
     return acc

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from palaestra.kernels import hadamard, nvfp4
 from palaestra.kernels.nvfp4 import BLOCK, NVFP4
-from palaestra.kernels.triton.device import dot_type, require
+from palaestra.kernels.triton.device import dot, dot_type, require
 from palaestra.kernels.triton.formats import (
     E4M3_UNIT,
     binade,
@@ -104,7 +104,7 @@ def _load(x, signs, groups, factor, SIZE: tl.constexpr, GROUPS: tl.constexpr, RO
     values = tl.load(x + group[:, None] * SIZE + column[None, :], mask=(group < groups)[:, None], other=0.0)
     if ROTATE:
         by = tl.load(signs + column[:, None] * SIZE + column[None, :])
-        turned = tl.dot(values.to(DOT), by.to(DOT), input_precision="tf32x3") * factor
+        turned = dot(values, by, DOT) * factor
         values = turned.to(x.dtype.element_ty)
     return values.to(tl.float32)
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from palaestra.kernels.triton.device import dot_type, power_of_two, require
+from palaestra.kernels.triton.device import dot, dot_type, power_of_two, require
 
 CHUNK = 64
 SMALLEST_DOT = 16
@@ -126,11 +126,6 @@ def _states(
 
 
 @triton.jit
-def _dot(left, right, DOT: tl.constexpr):
-    return tl.dot(left.to(DOT), right.to(DOT), input_precision="tf32x3")
-
-
-@triton.jit
 def _rows(at, begin, end, place, COUNT: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr):
     """Addresses of the vectors number `place` of [T, COUNT, SIZE] from `begin` to `end`, [CHUNK, PADDED], and which are
     there."""
@@ -173,7 +168,7 @@ def _added(
     at, there = _rows(x, begin, end, head, HEADS, DIM, WIDE, CHUNK)
     left = tl.load(at, mask=there, other=0.0).to(tl.float32) * weight[:, None]
     at, there = _rows(b, begin, end, head // (HEADS // GROUPS), GROUPS, STATE, DEEP, CHUNK)
-    added = _dot(tl.trans(left), tl.load(at, mask=there, other=0.0), DOT)
+    added = dot(tl.trans(left), tl.load(at, mask=there, other=0.0), DOT)
     at, there = _state(states, chunk, head, HEADS, DIM, STATE, WIDE, DEEP)
     tl.store(at, added, mask=there)
     tl.store(decays + chunk * HEADS + head, tl.exp(total))
@@ -225,10 +220,10 @@ def _output(
     left = tl.load(at, mask=there, other=0.0)
     at, there = _state(before, chunk, head, HEADS, DIM, STATE, WIDE, DEEP)
     state = tl.load(at, mask=there, other=0.0)
-    acc = _dot(left, tl.trans(state), DOT) * tl.exp(decay)[:, None]
+    acc = dot(left, tl.trans(state), DOT) * tl.exp(decay)[:, None]
     at, there = _rows(x, begin, end, head, HEADS, DIM, WIDE, CHUNK)
     values = tl.load(at, mask=there, other=0.0)
-    acc += _dot(_dot(left, tl.trans(right), DOT) * within * step[None, :], values, DOT)
+    acc += dot(dot(left, tl.trans(right), DOT) * within * step[None, :], values, DOT)
     at, there = _rows(y, begin, end, head, HEADS, DIM, WIDE, CHUNK)
     tl.store(at, acc, mask=there)
 
@@ -268,15 +263,15 @@ def _gradients(
     at, there = _state(after, chunk, head, HEADS, DIM, STATE, WIDE, DEEP)
     beyond = tl.load(at, mask=there, other=0.0)
 
-    scores = _dot(queries, tl.trans(keys), DOT) * within
-    paired = _dot(upstream, tl.trans(values), DOT) * step[None, :]
-    du = _dot(tl.trans(scores), upstream, DOT)
-    carried = _dot(keys, tl.trans(beyond), DOT) * left
-    inward = _dot(upstream, state, DOT) * grown
+    scores = dot(queries, tl.trans(keys), DOT) * within
+    paired = dot(upstream, tl.trans(values), DOT) * step[None, :]
+    du = dot(tl.trans(scores), upstream, DOT)
+    carried = dot(keys, tl.trans(beyond), DOT) * left
+    inward = dot(upstream, state, DOT) * grown
     mixed = paired * within
-    deep_c = _dot(mixed, keys, DOT) + inward
+    deep_c = dot(mixed, keys, DOT) + inward
     weighted = values.to(tl.float32) * step[:, None]
-    deep_b = _dot(tl.trans(mixed), queries, DOT) + _dot(weighted, beyond, DOT) * left
+    deep_b = dot(tl.trans(mixed), queries, DOT) + dot(weighted, beyond, DOT) * left
 
     slope = tl.sum(deep_c * queries.to(tl.float32) - deep_b * keys.to(tl.float32), 1)
     end_slope = tl.sum(weighted * carried) + tl.exp(total) * tl.sum(beyond * state)
