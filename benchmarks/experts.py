@@ -73,7 +73,8 @@ def rows(native: Library) -> list[dict[str, Any]]:
     found = []
     for tokens in TOKENS:
         x, logits = torch.randn(tokens, WIDTH), torch.randn(tokens, COUNT)
-        weights = route_plain(logits, torch.zeros(COUNT), Routing(TOP))
+        chosen, by = route_plain(logits, torch.zeros(COUNT), Routing(TOP))
+        weights = torch.zeros(tokens, COUNT).scatter_(1, chosen, by)
         repeats = max(3, int(WEIGHTS / (tokens * TOP * 2 * INNER * WIDTH)))
         candidates = {"ours": Grouped(native, packed, x, weights), "torch, bf16": loop(theirs, x, weights)}
         seconds = take_turns(candidates, repeats)

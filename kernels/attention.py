@@ -49,8 +49,8 @@ def append(pages: Pages, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
 
 
 def attend(library: Library, q: Tensor, pages: Pages, lengths: Tensor, threads: int = 1) -> Tensor:
-    """softmax(q k / sqrt(dim)) v over each conversation's first `lengths` int64[B] tokens, at least one: q float [B,
-    heads, dim] -> float32 [B, heads, dim].
+    """softmax(q k / sqrt(dim)) v over each conversation's first `lengths` int64[B] tokens, 0 where there are none: q
+    float [B, heads, dim] -> float32 [B, heads, dim].
 
     Raises IndexError for lengths beyond the table and pages that are not there, ValueError for a dim that is no
     multiple of 16 and for dtypes that have no kernel.
@@ -96,7 +96,7 @@ def attend_plain(q: Tensor, pages: Pages, lengths: Tensor) -> Tensor:
 
 def _check(pages: Pages, lengths: Tensor) -> None:
     room = pages.table.shape[1] * pages.keys.shape[2]
-    if not 1 <= int(lengths.min()) <= int(lengths.max()) <= room:
+    if not 0 <= int(lengths.min()) <= int(lengths.max()) <= room:
         raise IndexError(f"a table of {room} tokens a conversation, and lengths of {lengths.tolist()}")
     if not 0 <= int(pages.table.min()) <= int(pages.table.max()) < len(pages.keys):
         raise IndexError(

@@ -37,11 +37,12 @@ def choose(scores: Tensor, routing: Routing) -> Tensor:
     return scores.topk(routing.top).indices
 
 
-def route(library: Library, logits: Tensor, bias: Tensor, routing: Routing) -> Tensor:
-    """The gate's outputs float32[T, E] and the correction bias float32[E], of the choice alone -> the weight of every
-    expert float32[T, E], 0 for those not chosen."""
+def route(library: Library, logits: Tensor, bias: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """The gate's outputs float32[T, E] and the correction bias float32[E], of the choice alone -> the chosen experts
+    int64[T, top], the best first, and their weights float32[T, top]."""
     gate, bias = logits.float().clone(), bias.float().contiguous()
-    weights = torch.empty_like(gate)
+    chosen = torch.empty(len(gate), routing.top, dtype=torch.int64)
+    weights = torch.empty(len(gate), routing.top)
     record = MoE(
         bias=pointer(bias),
         count=gate.shape[1],
@@ -51,17 +52,18 @@ def route(library: Library, logits: Tensor, bias: Tensor, routing: Routing) -> T
         normalise=int(routing.normalise),
         factor=routing.factor,
     )
-    library.route(ctypes.byref(record), pointer(gate), len(gate), pointer(weights))
-    return weights
+    library.route(ctypes.byref(record), pointer(gate), len(gate), pointer(chosen), pointer(weights))
+    return chosen, weights
 
 
-def route_plain(logits: Tensor, bias: Tensor, routing: Routing) -> Tensor:
-    """What `route` computes, in PyTorch and the logits' dtype."""
+def route_plain(logits: Tensor, bias: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """What `route` computes, in PyTorch and the logits' dtype; gradients reach the weights."""
     scores = torch.sigmoid(logits)
-    weights = torch.zeros_like(scores).scatter_(1, choose(scores + bias, routing), 1.0) * scores
+    chosen = choose(scores.detach() + bias, routing)
+    weights = scores.gather(1, chosen)
     if routing.normalise:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return weights * routing.factor
+    return chosen, weights * routing.factor
 
 
 @dataclass(frozen=True)
@@ -90,28 +92,33 @@ def pack_experts(library: Library, weights: Sequence[tuple[Weight, Weight]]) -> 
     return PackedExperts(MoE(experts=records, count=len(packed)), (records, matrices), width, nbytes)
 
 
-def experts(library: Library, x: Tensor, weights: Tensor, packed: PackedExperts, threads: int = 1) -> Tensor:
-    """The weighted sums of the experts: float [T, width], weights float[T, E], 0 for those not chosen -> float32[T,
-    width]. Sums go in the order of the experts, so that a row's result owes nothing to its company.
+def experts(
+    library: Library, x: Tensor, chosen: Tensor, weights: Tensor, packed: PackedExperts, threads: int = 1
+) -> Tensor:
+    """The weighted sums of the chosen experts: float [T, width], int64[T, top] and float[T, top] -> float32[T, width].
+    Sums go in the order of the experts, so that a row's result owes nothing to its company.
 
-    Raises ValueError for other shapes.
+    Raises ValueError for other shapes, IndexError for an expert that is not there.
     """
-    if x.shape != (len(weights), packed.width) or weights.shape[1] != packed.record.count:
-        shapes = f"x {list(x.shape)}, weights {list(weights.shape)}"
-        raise ValueError(f"{packed.record.count} experts of width {packed.width}; got {shapes}")
-    x, weights = x.detach().float().contiguous(), weights.detach().float().contiguous()
-    y = torch.empty_like(x)
+    count = packed.record.count
+    if x.shape != (len(chosen), packed.width) or chosen.shape != weights.shape:
+        shapes = ", ".join(str(list(part.shape)) for part in (x, chosen, weights))
+        raise ValueError(f"{count} experts of width {packed.width}; got x, chosen and weights of {shapes}")
+    if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < count:
+        raise IndexError(f"{count} experts; {int(chosen.min())} to {int(chosen.max())} were chosen")
+    by_expert = torch.zeros(len(x), count).scatter_add_(1, chosen, weights.detach().float())
+    x, y = x.detach().float().contiguous(), torch.empty(x.shape)
     record = ctypes.byref(packed.record)
-    if library.experts(record, pointer(x), len(x), packed.width, pointer(weights), pointer(y), threads):
+    if library.experts(record, pointer(x), len(x), packed.width, pointer(by_expert), pointer(y), threads):
         raise MemoryError(f"no memory for {len(x)} rows of {packed.width}")
     return y
 
 
-def experts_plain(x: Tensor, weights: Tensor, experts: Sequence[tuple[Weight, Weight]]) -> Tensor:
-    """What `experts` computes, in PyTorch."""
+def experts_plain(x: Tensor, chosen: Tensor, weights: Tensor, experts: Sequence[tuple[Weight, Weight]]) -> Tensor:
+    """What `experts` computes, in PyTorch, for every expert's up and down."""
     y = torch.zeros_like(x, dtype=torch.float32)
     for index, (up, down) in enumerate(experts):
-        rows = weights[:, index].nonzero()[:, 0]
+        rows, place = (chosen == index).nonzero(as_tuple=True)
         hidden = linear_plain(linear_plain(x[rows], up).relu().square(), down)
-        y[rows] += hidden * weights[rows, index, None]
+        y[rows] += hidden * weights[rows, place, None]
     return y

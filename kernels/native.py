@@ -151,7 +151,7 @@ ARGUMENTS = {
     "multiply": (POINTER(Matrix), c_void_p, c_int32, c_long, c_void_p, c_long),
     "decode": (POINTER(Model), POINTER(Cache), POINTER(Batch), c_long),
     "attend": (POINTER(Pages), c_void_p, c_void_p, c_long, c_void_p, c_long),
-    "route": (POINTER(MoE), c_void_p, c_long, c_void_p),
+    "route": (POINTER(MoE), c_void_p, c_long, c_void_p, c_void_p),
     "experts": (POINTER(MoE), c_void_p, c_long, c_long, c_void_p, c_void_p, c_long),
     "draw": (c_void_p, c_long, c_long, c_long, c_void_p, c_void_p, c_void_p, c_void_p, c_long),
     "quantize": (POINTER(Quantising), c_long),

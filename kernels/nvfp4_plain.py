@@ -98,7 +98,7 @@ def _parts(weight: Tensor, recipe: Recipe, scale2: Tensor | None = None) -> tupl
     blocks, amax = _blocks(weight, recipe)
     if recipe.square:
         amax = _over_squares(amax, torch.amax)
-    scale2 = _global_scale(amax, bound(recipe)) if scale2 is None else _fitting(scale2, amax)
+    scale2 = global_scale(amax, bound(recipe)) if scale2 is None else _fitting(scale2, amax)
     scales = _scales(blocks, amax / (CODE_MAX * scale2), scale2, recipe)
     scales = torch.where(amax > 0, scales, torch.ones_like(scales))
     ratio = blocks / (scales.float() * scale2).unsqueeze(-1)
@@ -124,7 +124,7 @@ def _over_squares(values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
     return reduced.expand_as(squares).flatten(-3, -2)
 
 
-def _global_scale(amax: Tensor, bound: float) -> Tensor:
+def global_scale(amax: Tensor, bound: float) -> Tensor:
     """Block maxima float32[..., N, K/16] -> float32[..., 1, 1]: 2^ceil(log2(amax / 6 / bound)), the smallest power of
     two under which no block scale exceeds `bound`; 1 for a zero matrix; not below 2^-116: bf16 would lose bits."""
     amax = amax.amax(dim=(-2, -1), keepdim=True)

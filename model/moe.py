@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from palaestra.kernels.experts import Routing, choose
+from palaestra.kernels.experts import Routing, route_plain
 from palaestra.model.config import ModelConfig
 from palaestra.model.layers import MLP, Linear, relu2
 
@@ -22,8 +22,13 @@ class Router(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
-        self._routing = Routing(config.num_experts_per_tok, config.n_group, config.topk_group)
+        self._routing = Routing(
+            top=config.num_experts_per_tok,
+            groups=config.n_group,
+            top_groups=config.topk_group,
+            normalise=config.norm_topk_prob,
+            factor=config.routed_scaling_factor,
+        )
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
         self.register_buffer("load", torch.zeros(config.n_routed_experts, dtype=torch.int64), persistent=False)
@@ -32,16 +37,11 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """float[T, hidden] -> chosen experts int64[T, k] and their weights float32[T, k]."""
-        config = self.config
-        scores = torch.sigmoid(F.linear(x.float(), self.weight.float()))
-        with torch.no_grad():
-            chosen = choose(scores + self.e_score_correction_bias, self._routing)
-            if self.training:
-                self.load += torch.bincount(chosen.flatten(), minlength=config.n_routed_experts)
-        weights = scores.gather(1, chosen)
-        if config.norm_topk_prob:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return chosen, weights * config.routed_scaling_factor
+        logits = F.linear(x.float(), self.weight.float())
+        chosen, weights = route_plain(logits, self.e_score_correction_bias, self._routing)
+        if self.training:
+            self.load += torch.bincount(chosen.flatten(), minlength=len(self.load))
+        return chosen, weights
 
 
 class Experts(nn.Module):

@@ -76,8 +76,9 @@ def test_what_does_not_fit_is_refused():
     q = torch.zeros(1, 2, 16)
     with pytest.raises(IndexError, match=r"a table of 8 tokens a conversation, and lengths of \[9\]"):
         attend(of, q, pages, torch.tensor([9]))
-    with pytest.raises(IndexError, match=r"lengths of \[0\]"):
-        attend(of, q, pages, torch.tensor([0]))
+    with pytest.raises(IndexError, match=r"lengths of \[-1\]"):
+        attend(of, q, pages, torch.tensor([-1]))
+    assert not attend(of, q + torch.nan, pages, torch.tensor([0])).any()
     with pytest.raises(IndexError, match=r"lengths of \[9\]"):
         append(pages, torch.zeros(1, 1, 16), torch.zeros(1, 1, 16), torch.tensor([8]))
     with pytest.raises(IndexError, match="3 pages, and a table of 1 to 3"):

@@ -24,8 +24,9 @@ ROUTINGS = st.sampled_from(
 )
 
 
-def gold(x, weights, pairs):
+def gold(x, chosen, by, pairs):
     """float64[T, width]."""
+    weights = torch.zeros(len(x), len(pairs)).scatter_(1, chosen, by)
     up, down = (torch.stack([values_of(pair[side]) for pair in pairs]) for side in (0, 1))
     hidden = torch.einsum("tw,eiw->tei", x.double(), up).relu().square()
     return torch.einsum("tei,ewi,te->tw", hidden, down, weights.double())
@@ -49,15 +50,15 @@ def test_experts_are_those_of_float64_alone_and_in_company(tokens, count, width,
         for _ in range(count)
     ]
     x = torch.randn(tokens, width, generator=generator)
-    weights = route_plain(torch.randn(tokens, count, generator=generator), torch.zeros(count), routing)
-    expected = gold(x, weights, pairs)
-    assert (experts_plain(x, weights, pairs) - expected).norm() <= 1e-5 * expected.norm()
+    chosen, by = route_plain(torch.randn(tokens, count, generator=generator), torch.zeros(count), routing)
+    expected = gold(x, chosen, by, pairs)
+    assert (experts_plain(x, chosen, by, pairs) - expected).norm() <= 1e-5 * expected.norm()
     for name in tiers():
         of = Library(FILE, name)
         packed = pack_experts(of, pairs)
-        found = experts(of, x, weights, packed, threads)
+        found = experts(of, x, chosen, by, packed, threads)
         assert (found - expected).norm() <= 1e-5 * expected.norm()
-        assert torch.equal(experts(of, x[:1], weights[:1], packed), found[:1])
+        assert torch.equal(experts(of, x[:1], chosen[:1], by[:1], packed), found[:1])
 
 
 @settings(max_examples=60, deadline=None)
@@ -66,9 +67,11 @@ def test_routes_are_those_of_float64_and_of_the_network(tokens, routing, bias, s
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(tokens, 16, generator=generator)
     correction = torch.rand(16, generator=generator) * bias
-    expected = route_plain(logits.double(), correction.double(), routing)
+    expected, by = route_plain(logits.double(), correction.double(), routing)
     for name in tiers():
-        torch.testing.assert_close(route(Library(FILE, name), logits, correction, routing).double(), expected)
+        chosen, weights = route(Library(FILE, name), logits, correction, routing)
+        assert torch.equal(chosen, expected)
+        torch.testing.assert_close(weights.double(), by)
     config = ModelConfig(
         hybrid_override_pattern="E",
         hidden_size=16,
@@ -82,17 +85,20 @@ def test_routes_are_those_of_float64_and_of_the_network(tokens, routing, bias, s
     router = Router(config).eval()
     router.weight.data, router.e_score_correction_bias = torch.eye(16), correction
     chosen, weights = router(logits)
-    assert torch.equal(torch.zeros(tokens, 16).scatter_(1, chosen, weights.detach()) != 0, expected != 0)
-    torch.testing.assert_close(weights.double(), expected.gather(1, chosen))
+    assert torch.equal(chosen, expected)
+    torch.testing.assert_close(weights.double(), by)
 
 
-def test_nobody_chosen_is_nothing_and_other_shapes_are_refused():
+def test_weights_of_0_are_nothing_and_what_does_not_fit_is_refused():
     of = Library(FILE, None)
     packed = pack_experts(of, [(nvfp4.quantize(torch.randn(32, 16)), nvfp4.quantize(torch.randn(16, 32)))] * 2)
     assert packed.nbytes == 4 * 32 * 16 * 9 // 16
-    assert not experts(of, torch.full((3, 16), torch.nan), torch.zeros(3, 2), packed).any()
-    assert experts(of, torch.zeros(0, 16), torch.zeros(0, 2), packed).shape == (0, 16)
-    with pytest.raises(ValueError, match=r"2 experts of width 16; got x \[3, 32\], weights \[3, 2\]"):
-        experts(of, torch.zeros(3, 32), torch.zeros(3, 2), packed)
+    first = torch.zeros(3, 1).long()
+    assert not experts(of, torch.full((3, 16), torch.nan), first, torch.zeros(3, 1), packed).any()
+    assert experts(of, torch.zeros(0, 16), first[:0], torch.zeros(0, 1), packed).shape == (0, 16)
+    with pytest.raises(ValueError, match=r"width 16; got x, chosen and weights of \[3, 32\], \[3, 1\], \[3, 1\]"):
+        experts(of, torch.zeros(3, 32), first, torch.zeros(3, 1), packed)
+    with pytest.raises(IndexError, match="2 experts; 2 to 2 were chosen"):
+        experts(of, torch.zeros(3, 16), first + 2, torch.ones(3, 1), packed)
     with pytest.raises(ValueError, match="multiples of 16; got 16 and 24"):
         pack_experts(of, [(torch.zeros(24, 16), torch.zeros(16, 24))])

@@ -9,12 +9,14 @@ import triton
 from torch import Tensor
 
 from palaestra.kernels import hadamard, nvfp4
+from palaestra.kernels.attention import Pages, attend_plain
+from palaestra.kernels.experts import Routing
 from palaestra.kernels.linear import linear_plain
 from palaestra.kernels.nvfp4 import NVFP4, Recipe
 from palaestra.kernels.triton import available, blackwell, products
 from palaestra.kernels.triton import mamba as decode
-from palaestra.kernels.triton.attention import Pages, attend, attend_plain
-from palaestra.kernels.triton.experts import Routing, experts, route
+from palaestra.kernels.triton.attention import attend
+from palaestra.kernels.triton.experts import experts, route
 from palaestra.kernels.triton.linear import linear
 from palaestra.kernels.triton.quantize import Hadamard, quantize, transform
 from palaestra.kernels.triton.scan import scan
@@ -377,14 +379,14 @@ def test_the_scan_and_its_gradients(lengths, heads, dim, state, groups, dtype):
 def test_attention_over_a_paged_cache(heads, kv_heads, dim, page, lengths, dtype, kept):
     pages = -(-max(lengths) // page) + 1
     table = torch.randperm(pages * len(lengths) + 3)[: pages * len(lengths)].view(-1, pages)
-    keys, values = (randn(pages * len(lengths) + 3, page, kv_heads, dim).to(kept) for _ in range(2))
-    scales = (torch.tensor(0.5, device=DEVICE), torch.tensor(3.0, device=DEVICE)) if kept.itemsize == 1 else ()
-    counts = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
-    cache = Pages(keys, values, table.to(DEVICE, torch.int32), counts, *scales)
+    keys, values = (randn(pages * len(lengths) + 3, kv_heads, page, dim).to(kept) for _ in range(2))
+    scales = (0.5, 3.0) if kept.itemsize == 1 else (1.0, 1.0)
+    counts = torch.tensor(lengths, device=DEVICE)
+    cache = Pages(keys, values, table.to(DEVICE, torch.int32), *scales)
     q = randn(len(lengths), heads, dim, dtype=dtype)
-    found = attend(q, cache)
+    found = attend(q, cache, counts)
     assert found.dtype == dtype
-    close(found, attend_plain(q.double(), cache))
+    close(found, attend_plain(q.double(), cache, counts))
     assert not found[counts == 0].any()
 
 

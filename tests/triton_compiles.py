@@ -9,9 +9,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 from palaestra.kernels import nvfp4
+from palaestra.kernels.attention import Pages
+from palaestra.kernels.experts import Routing
 from palaestra.kernels.triton import blackwell
-from palaestra.kernels.triton.attention import Pages, attend
-from palaestra.kernels.triton.experts import Routing, experts, route
+from palaestra.kernels.triton.attention import attend
+from palaestra.kernels.triton.experts import experts, route
 from palaestra.kernels.triton.linear import linear
 from palaestra.kernels.triton.mamba import Mixer, Pool, step
 from palaestra.kernels.triton.quantize import Hadamard, quantize, transform
@@ -113,10 +115,10 @@ def test_the_scan_and_its_gradients(dtype, architecture, assembly):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_over_a_paged_cache(dtype, architecture, assembly):
-    table, lengths = torch.zeros(2, 300, dtype=torch.int32), torch.ones(2, dtype=torch.int32)
+    table, lengths = torch.zeros(2, 300, dtype=torch.int32), torch.ones(2, dtype=torch.int64)
     for kept in (dtype, torch.float8_e4m3fn):
-        cache = torch.ones(9, 16, 2, 128).to(kept)
-        attend(torch.ones(2, 32, 128, dtype=dtype), Pages(cache, cache, table, lengths))
+        cache = torch.ones(9, 2, 16, 128).to(kept)
+        attend(torch.ones(2, 32, 128, dtype=dtype), Pages(cache, cache, table), lengths)
     assert set(assembly) == {"_attend", "_reduce"}
 
 

@@ -38,23 +38,23 @@ static void within_groups(const struct moe *m, float *scores) {
         if (!keep[at / size]) scores[at] = 0;
 }
 
-/* The gate's outputs [count] of a row -> the weight of every expert [count], 0 for those not chosen. */
-static void route(const struct moe *m, float *gate, float *weights) {
+/* The gate's outputs [count] of a row, which become its scores -> the chosen experts [top], the best first, and their
+   weights. */
+static void route(const struct moe *m, float *gate, int64_t *chosen, float *weights) {
     float choice[m->count], total = 0;
     for (long at = 0; at < m->count; at++) {
         gate[at] = 1 / (1 + expf(-gate[at]));
         choice[at] = gate[at] + m->bias[at];
-        weights[at] = 0;
     }
     if (m->groups > 1) within_groups(m, choice);
     for (long time = 0; time < m->top; time++) {
-        long best = largest(choice, m->count);
+        const long best = largest(choice, m->count);
         choice[best] = -INFINITY;
-        weights[best] = gate[best];
-        total += gate[best];
+        chosen[time] = best;
+        total += weights[time] = gate[best];
     }
     const float factor = m->factor / (m->normalise ? total + 1e-20f : 1);
-    for (long at = 0; at < m->count; at++) weights[at] *= factor;
+    for (long time = 0; time < m->top; time++) weights[time] *= factor;
 }
 
 /* One expert's outputs [count][width] for those rows of x [][width] that chose it. */
@@ -80,7 +80,13 @@ static void moe(const struct moe *m, const float *x, long rows, long hidden, flo
     float *gate = take(&scratch, rows * scores), *weights = take(&scratch, rows * m->count);
     float *latent = take(&scratch, rows * width), *routed = take(&scratch, rows * width), *side = take(&scratch, rows * hidden);
     full(&m->gate, x, rows, gate);
-    for (long row = 0; row < rows; row++) route(m, gate + row * scores, weights + row * m->count);
+    memset(weights, 0, rows * m->count * sizeof(float));
+    for (long row = 0; row < rows; row++) {
+        int64_t chosen[m->top];
+        float by[m->top];
+        route(m, gate + row * scores, chosen, by);
+        for (long time = 0; time < m->top; time++) weights[row * m->count + chosen[time]] = by[time];
+    }
     if (m->into.tiles) full(&m->into, x, rows, latent);
     memset(routed, 0, rows * width * sizeof(float));
     for (long index = 0; index < m->count; index++) {

@@ -4,9 +4,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* The gate's outputs [rows][count], which are overwritten -> the weight of every expert, 0 for those not chosen. */
-EXPORT void palaestra_route(const struct moe *m, float *gate, long rows, float *weights) {
-    for (long row = 0; row < rows; row++) tier->route(m, gate + row * m->count, weights + row * m->count);
+/* The gate's outputs [rows][count], which are overwritten -> the chosen experts [rows][top] and their weights. */
+EXPORT void palaestra_route(const struct moe *m, float *gate, long rows, int64_t *chosen, float *weights) {
+    for (long row = 0; row < rows; row++) tier->route(m, gate + row * m->count, chosen + row * m->top, weights + row * m->top);
 }
 
 struct mixture {

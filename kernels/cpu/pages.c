@@ -19,7 +19,7 @@ static void attending_piece(void *work, long index, long thread) { /* one head o
     tier->attend(p, conversation, head, w->q + at, w->lengths[conversation], w->y + at, w->scratch + thread * w->room);
 }
 
-/* q [count][heads][dim], each over the first `lengths` tokens (one at least) of its conversation -> y, as q. Returns 0, or
+/* q [count][heads][dim], each over the first `lengths` tokens of its conversation -> y, as q, 0 where there are none. Returns 0, or
    1 where memory for it cannot be had. */
 EXPORT int palaestra_attend(const struct pages *p, const float *q, const int64_t *lengths, long count, float *y,
                             long threads) {
@@ -28,7 +28,7 @@ EXPORT int palaestra_attend(const struct pages *p, const float *q, const int64_t
     for (long i = 0; i < count; i++) longest = lengths[i] > longest ? lengths[i] : longest;
     struct attending w = {p, q, lengths, y, NULL, padded(p->heads / p->kv_heads * longest)};
     if (!count) return 0;
-    w.scratch = malloc(seats * w.room * sizeof(float));
+    w.scratch = malloc((seats * w.room + 1) * sizeof(float));
     if (!w.scratch) return 1;
     spread(attending_piece, &w, count * p->kv_heads, seats);
     free(w.scratch);

@@ -148,7 +148,7 @@ struct operations {
     void (*decode)(const struct model *model, const struct cache *cache, const struct batch *batch, float *scratch);
     void (*attend)(const struct pages *p, long conversation, long head, const float *q, long length, float *y,
                    float *scores);
-    void (*route)(const struct moe *m, float *gate, float *weights);
+    void (*route)(const struct moe *m, float *gate, int64_t *chosen, float *weights);
     void (*expert)(const struct mlp *of, const float *x, long width, const int32_t *chosen, long count, float *out,
                    float *scratch);
     void (*scatter)(const float *from, const int32_t *chosen, long count, const float *weights, long stride, long width,

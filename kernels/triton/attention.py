@@ -3,13 +3,12 @@ pytorch.org/blog/flash-decoding)."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from palaestra.kernels.attention import Pages
 from palaestra.kernels.triton.device import dot, dot_type, power_of_two, processors, require
 from palaestra.kernels.triton.formats import E4M3_UNIT, e4m3
 
@@ -18,38 +17,9 @@ TOKENS = 64
 SMALLEST_DOT = 16
 
 
-class Pages(NamedTuple):
-    """A paged cache.
-
-    keys, values: bf16, float32 or float8_e4m3fn [pages, page, KV heads, dim]; table: int32[B, P], the pages of each
-    sequence in order; lengths: int32[B], tokens that are there; key_scale, value_scale: float32[], by which keys and
-    values are multiplied (None: 1).
-    """
-
-    keys: Tensor
-    values: Tensor
-    table: Tensor
-    lengths: Tensor
-    key_scale: Tensor | None = None
-    value_scale: Tensor | None = None
-
-
-def attend_plain(q: Tensor, pages: Pages) -> Tensor:
-    """What `attend` computes, in PyTorch, in the dtype of `q`."""
-    outputs = []
-    for query, table, length in zip(q, pages.table, pages.lengths.tolist(), strict=True):
-        keys = pages.keys[table.long()].flatten(0, 1)[:length].to(q.dtype)
-        values = pages.values[table.long()].flatten(0, 1)[:length].to(q.dtype)
-        keys = keys if pages.key_scale is None else keys * pages.key_scale
-        values = values if pages.value_scale is None else values * pages.value_scale
-        grouped = query.unflatten(0, (keys.shape[1], -1))
-        scores = torch.einsum("ghd,tgd->ght", grouped, keys) * q.shape[-1] ** -0.5
-        outputs.append(torch.einsum("ght,tgd->ghd", scores.softmax(-1), values).flatten(0, 1))
-    return torch.stack(outputs)
-
-
-def attend(q: Tensor, pages: Pages) -> Tensor:
-    """bf16 or float32 [B, heads, dim] -> the same: softmax(q K^T / sqrt(dim)) V over each sequence's own pages.
+def attend(q: Tensor, pages: Pages, lengths: Tensor) -> Tensor:
+    """bf16 or float32 [B, heads, dim] -> the same: softmax(q K^T / sqrt(dim)) V over the first `lengths` int64[B]
+    tokens of each sequence's own pages.
 
     A sequence of length 0 gives zeros. Raises ValueError for another dtype or layout. Nothing waits for the device.
     """
@@ -58,7 +28,7 @@ def attend(q: Tensor, pages: Pages) -> Tensor:
     if pages.keys.stride() != pages.values.stride() or pages.keys.stride(-1) != 1:
         raise ValueError("keys and values must lie alike, the values of a head side by side")
     batch, heads, dim = q.shape
-    _, page, kv_heads, _ = pages.keys.shape
+    _, kv_heads, page, _ = pages.keys.shape
     if not batch:
         return torch.empty_like(q)
     room = triton.cdiv(pages.table.shape[1] * page, TOKENS)
@@ -66,17 +36,17 @@ def attend(q: Tensor, pages: Pages) -> Tensor:
     outputs = torch.empty(batch, heads, parts, dim, dtype=torch.float32, device=q.device)
     weights = torch.empty(batch, heads, parts, 2, dtype=torch.float32, device=q.device)
     fp8 = pages.keys.dtype == torch.float8_e4m3fn
-    one = torch.ones((), device=q.device)
+    page_step, head_step, token_step, _ = pages.keys.stride()
     _attend[batch, kv_heads, parts](
-        q.contiguous(), *(part.view(torch.uint8) if fp8 else part for part in pages[:2]), pages.table.contiguous(),
-        pages.lengths.contiguous(), one if pages.key_scale is None else pages.key_scale, outputs, weights,
-        pages.table.shape[1], dim**-0.5, *pages.keys.stride()[:3],
+        q.contiguous(), *(part.view(torch.uint8) if fp8 else part for part in (pages.keys, pages.values)),
+        pages.table.contiguous(), lengths.contiguous(), float(pages.key_scale), outputs, weights,
+        pages.table.shape[1], dim**-0.5, page_step, token_step, head_step,
         HEADS=heads // kv_heads, DIM=dim, PAGE=page, PARTS=parts, FP8=fp8, DOT=dot_type(q, pages.keys), TOKENS=TOKENS,
         ROWS=max(power_of_two(heads // kv_heads), SMALLEST_DOT), WIDE=max(power_of_two(dim), SMALLEST_DOT),
     )  # fmt: skip
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
     _reduce[(batch * heads,)](
-        outputs, weights, one if pages.value_scale is None else pages.value_scale, y,
+        outputs, weights, float(pages.value_scale), y,
         DIM=dim, PARTS=parts, SLOTS=power_of_two(parts), WIDE=power_of_two(dim),
     )  # fmt: skip
     return y
@@ -105,7 +75,7 @@ def _attend(
     place = (row * tl.num_programs(1) + kv) * HEADS + head
     inside, wide = head < HEADS, column < DIM
     query = tl.load(q + place[:, None] * DIM + column[None, :], mask=inside[:, None] & wide[None, :], other=0)
-    factor *= tl.load(key_scale)
+    factor *= key_scale
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, WIDE), tl.float32)
@@ -146,4 +116,4 @@ def _reduce(
     acc = tl.load(at, mask=inside[:, None] & wide[None, :], other=0.0)
     whole = tl.sum(total * factor, 0)
     mean = tl.sum(acc * factor[:, None], 0) / tl.where(whole > 0, whole, 1.0)
-    tl.store(y + place * DIM + column, mean * tl.load(value_scale), mask=wide)
+    tl.store(y + place * DIM + column, mean * value_scale, mask=wide)

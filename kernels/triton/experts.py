@@ -1,4 +1,4 @@
-"""The routed experts of a LatentMoE with NVFP4 weights, and their choice. The plain versions are in model/moe.py."""
+"""The routed experts of a LatentMoE with NVFP4 weights, and their choice. The plain versions: kernels/experts.py."""
 
 from __future__ import annotations
 
@@ -9,20 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from palaestra.kernels.experts import Routing
 from palaestra.kernels.nvfp4 import NVFP4
 from palaestra.kernels.triton.device import dot_type, power_of_two, require
 from palaestra.kernels.triton.products import product, tile
-
-
-class Routing(NamedTuple):
-    """How many experts are chosen, from how many of how many groups; whether their weights are made to sum to 1; and
-    the factor of the weights."""
-
-    top: int
-    groups: int = 1
-    top_groups: int = 1
-    normalise: bool = True
-    factor: float = 1.0
 
 
 def route(logits: Tensor, bias: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:

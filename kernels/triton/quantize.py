@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from palaestra.kernels import hadamard, nvfp4
+from palaestra.kernels import hadamard
 from palaestra.kernels.nvfp4 import BLOCK, NVFP4
 from palaestra.kernels.triton.device import dot, dot_type, require
 from palaestra.kernels.triton.formats import (
@@ -70,8 +70,8 @@ def quantize(weight: Tensor, square: bool = False, seed: int | None = None, rota
     if not torch.isfinite(amax).all():
         raise ValueError(f"NVFP4 cannot hold infinities or NaN; the weight {list(weight.shape)} has some")
     if square:
-        amax = nvfp4.by_square(amax, weight).contiguous()
-    scale2 = nvfp4.global_scale(amax, nvfp4.SCALE_MAX)[..., 0, 0].contiguous()
+        amax = nvfp4_plain.by_square(amax, weight).contiguous()
+    scale2 = nvfp4_plain.global_scale(amax, nvfp4_plain.SCALE_MAX)[..., 0, 0].contiguous()
     codes = torch.empty(*weight.shape[:-1], weight.shape[-1] // 2, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(blocks, dtype=torch.uint8, device=weight.device)
     _encode[grid](
