@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from palaestra.kernels import hadamard
+from palaestra.kernels import hadamard, nvfp4_plain
 from palaestra.kernels.nvfp4 import BLOCK, NVFP4
 from palaestra.kernels.triton.device import dot, dot_type, require
 from palaestra.kernels.triton.formats import (
