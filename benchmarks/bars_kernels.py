@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import exactness
 import experts
+import mamba
 import products
 import torch
 from bars import Measured, bar
@@ -64,6 +65,26 @@ def whole_model() -> Measured:
     return Measured(fast and all(row["logits' difference"] < DIFFERENCE for row in shown), found)
 
 
+SCAN_TIMES = {"forward": 2.0, "with backward": 1.8}
+STEP_TIMES = {1: 10.0, 32: 7.0}
+SHARE = 0.7
+
+
+def mamba_kernels() -> Measured:
+    """With one thread and with all; by the median of the rounds."""
+    if library() is None:
+        return Measured(False, {"error": "the kernels were not built"})
+    rows = mamba.measure()
+    scans, steps, peaks = (
+        [row for row in rows if kind in row] for kind in ("scan", "step of conversations", "peak MB of")
+    )
+    fast = all(row["times transformers"] >= SCAN_TIMES[row["scan"]] for row in scans)
+    lean = all(row["ours"] <= row["transformers"] for row in peaks)
+    quick = all(row["times plain"] >= STEP_TIMES[row["step of conversations"]] for row in steps)
+    full = all(row["share of the bandwidth"] >= SHARE for row in steps if row["step of conversations"] > 1)
+    return Measured(fast and lean and quick and full, {"rows": rows})
+
+
 BARS = (
     bar(1, "NVFP4 bit for bit on 10,000 tensors and as others make it; every kernel within rounding of float64")(
         exactness.exact
@@ -77,6 +98,11 @@ BARS = (
     bar(4, "grouped experts: 3 times a loop of torch's bf16 linears up to 8 tokens, .95 times up to 64")(
         grouped_experts
     ),
+    bar(
+        5,
+        "Mamba-2: scan 2 times transformers, 1.8 with backward, in no more memory; a step 10 times plain PyTorch at "
+        "one conversation, 7 times at 32, at 70 % of the bandwidth",
+    )(mamba_kernels),
     bar(6, "a whole model's step: 20 times transformers at one conversation, 10 times at 16, logits within 1e-2")(
         whole_model
     ),

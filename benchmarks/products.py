@@ -19,9 +19,9 @@ import torch
 from turns import FROM_MEMORY, Candidates, Seconds, bandwidth, fastest, following, microseconds, ratio, take_turns
 
 from palaestra.kernels import nvfp4
-from palaestra.kernels.linear import INT8, KINDS, Packed, pack
+from palaestra.kernels.linear import Packed, pack
 from palaestra.kernels.memory import Arena
-from palaestra.kernels.native import TILE, Library, library
+from palaestra.kernels.native import INT8, KINDS, TILE, Library, library
 
 FROM_CACHE = (1024, 256)
 SHAPES = ((2688, 1024), (4096, 4096), FROM_CACHE)

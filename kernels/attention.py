@@ -14,8 +14,8 @@ from torch import Tensor
 
 from palaestra.kernels import native
 from palaestra.kernels.fp8 import LARGEST
-from palaestra.kernels.linear import KINDS
-from palaestra.kernels.native import TILE, Library, pointer
+from palaestra.kernels.linear import DTYPES
+from palaestra.kernels.native import KINDS, TILE, Library, pointer
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def attend(library: Library, q: Tensor, pages: Pages, lengths: Tensor, threads: 
     """
     _check(pages, lengths)
     heads, dim = q.shape[1:]
-    if dim % TILE or pages.keys.dtype not in KINDS or pages.values.dtype != pages.keys.dtype:
+    if dim % TILE or pages.keys.dtype not in DTYPES or pages.values.dtype != pages.keys.dtype:
         raise ValueError(f"keys in float32, bf16 or FP8 of a width that {TILE} divides; got {dim}, {pages.keys.dtype}")
     q, lengths, table = q.detach().float().contiguous(), lengths.contiguous(), pages.table.contiguous()
     y = torch.empty_like(q)

@@ -8,18 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from palaestra.kernels import fp8, nvfp4
+from palaestra.kernels import fp8, native, nvfp4
 from palaestra.kernels.fp8 import FP8
 from palaestra.kernels.memory import Arena
-from palaestra.kernels.native import TILE, Library, Matrix, pointer
+from palaestra.kernels.native import KINDS, TILE, Library, Matrix, pointer
 from palaestra.kernels.nvfp4 import NVFP4
 
 Weight = NVFP4 | FP8 | Tensor
 """[N, K]: NVFP4, FP8, float32 or bf16."""
 
-NVFP4_KIND, INT8 = 0, 4
-KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float8_e4m3fn: 3}
-"""`enum kind` of cpu/records.h."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn)
+"""Of weights that are not NVFP4."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def pack(library: Library, weight: Weight, arena: Arena | None = None) -> Packed
     if isinstance(weight, NVFP4):
         return _pack_nvfp4(library, weight, arena)
     values, scale = (weight.values, float(weight.scale)) if isinstance(weight, FP8) else (weight.detach(), 1.0)
-    if values.dtype not in KINDS:
+    if values.dtype not in DTYPES:
         raise ValueError(f"a weight is NVFP4, FP8, float32 or bf16; got {values.dtype}")
     rows, columns = values.shape
     values = values.contiguous()
@@ -65,7 +64,7 @@ def _pack_nvfp4(library: Library, weight: NVFP4, arena: Arena) -> Packed:
     words = arena.zeros((tiles, columns // nvfp4.BLOCK, 2, TILE), torch.int32)
     steps = arena.zeros((tiles, columns // nvfp4.BLOCK, TILE), torch.uint8)
     library.pack_nvfp4(pointer(codes), pointer(scales), rows, columns, pointer(words), pointer(steps))
-    record = Matrix(pointer(words), pointer(steps), float(weight.scale2), NVFP4_KIND, tiles, columns)
+    record = Matrix(pointer(words), pointer(steps), float(weight.scale2), native.NVFP4, tiles, columns)
     return Packed(record, (words, steps), rows, columns)
 
 
@@ -77,12 +76,12 @@ def linear(library: Library, x: Tensor, weight: Packed, threads: int = 1, int8: 
     """
     if x.shape[-1] != weight.columns:
         raise ValueError(f"a weight of {weight.columns} columns, and activations of {x.shape[-1]}")
-    if int8 and weight.record.kind != NVFP4_KIND:
+    if int8 and weight.record.kind != native.NVFP4:
         raise ValueError("int8 activations need an NVFP4 weight")
     x = x.detach() if x.dtype == torch.bfloat16 and not int8 else x.detach().float()
     flat = x.reshape(-1, weight.columns).contiguous()
     y = torch.empty(len(flat), weight.record.tiles * TILE)
-    kind = INT8 if int8 else KINDS[flat.dtype]
+    kind = native.INT8 if int8 else KINDS[flat.dtype]
     if library.multiply(ctypes.byref(weight.record), pointer(flat), kind, len(flat), pointer(y), threads):
         raise MemoryError(f"no memory for a product with {len(flat)} rows of {weight.columns}")
     return y[:, : weight.rows].reshape(*x.shape[:-1], weight.rows)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_long, c_uint64, c_void_p
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 VARIABLE = "PALAESTRA_KERNELS"
@@ -21,6 +22,9 @@ TORCH = "torch"
 FILE = Path(__file__).parent / "_cpu.so"
 TILE = 16
 """Rows of a packed matrix that lie side by side."""
+KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float8_e4m3fn: 3, torch.float16: 5}
+NVFP4, INT8 = 0, 4
+"""`enum kind` of cpu/records.h."""
 
 
 class Matrix(Structure):
@@ -145,6 +149,52 @@ class Quantising(Structure):
     )
 
 
+class Scan(Structure):
+    """A Mamba-2 recurrence over sequences, and its gradients."""
+
+    _fields_ = (
+        *(
+            (name, c_void_p)
+            for name in ("x", "dt", "a", "b", "c", "d", "initial", "starts", "y", "last", "dy", "dlast")
+        ),
+        *((name, c_void_p) for name in ("dx", "ddt", "da", "db", "dc", "dd", "dinitial")),
+        *((name, c_int64) for name in ("batch", "length", "heads", "dim", "groups", "state")),
+        *((name, c_int64) for name in ("x_stride", "b_stride", "c_stride", "shares")),
+    )
+
+
+class Convolution(Structure):
+    """A causal convolution over sequences, and its gradients."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "weight", "bias", "starts", "y", "dy", "dx", "dweight")),
+        *((name, c_int64) for name in ("batch", "length", "width", "kernel", "x_stride")),
+    )
+
+
+class Gate(Structure):
+    """A gated norm, and its gradients."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("y", "z", "weight", "out", "dout", "dy", "dz", "dweight")),
+        *((name, c_int64) for name in ("rows", "width", "groups", "z_stride")),
+        ("eps", c_float),
+    )
+
+
+class MambaStep(Structure):
+    """A token each of several conversations through a Mamba-2 mixer."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("mamba", "parts", "y", "slots", "windows", "states")),
+        ("count", c_int64),
+        ("stride", c_int64),
+        ("seed", c_uint64),
+        ("kind", c_int32),
+        ("eps", c_float),
+    )
+
+
 ARGUMENTS = {
     "pack_nvfp4": (c_void_p, c_void_p, c_long, c_long, c_void_p, c_void_p),
     "pack": (c_void_p, c_long, c_long, c_long, c_void_p),
@@ -157,6 +207,13 @@ ARGUMENTS = {
     "quantize": (POINTER(Quantising), c_long),
     "dequantize": (c_void_p, c_void_p, c_void_p, c_long, c_long, c_void_p, c_long),
     "transform": (POINTER(Rotation), c_void_p, c_void_p, c_long, c_long),
+    "mamba_step": (POINTER(MambaStep), c_long),
+    "scan_forward": (POINTER(Scan), c_long),
+    "convolution_forward": (POINTER(Convolution), c_long),
+    "gate_forward": (POINTER(Gate), c_long),
+    "scan_backward": (POINTER(Scan), c_long),
+    "convolution_backward": (POINTER(Convolution), c_long),
+    "gate_backward": (POINTER(Gate), c_long),
 }
 """Of every function, under its name without `palaestra_`."""
 VOID = {"pack_nvfp4", "pack", "route", "dequantize", "transform"}
@@ -180,6 +237,13 @@ class Library:
     quantize: Callable[..., int]
     dequantize: Callable[..., None]
     transform: Callable[..., None]
+    mamba_step: Callable[..., int]
+    scan_forward: Callable[..., int]
+    convolution_forward: Callable[..., int]
+    gate_forward: Callable[..., int]
+    scan_backward: Callable[..., int]
+    convolution_backward: Callable[..., int]
+    gate_backward: Callable[..., int]
 
     def __init__(self, file: Path, tier: str | None) -> None:
         code = ctypes.CDLL(str(file))

@@ -97,7 +97,7 @@ def _parts(weight: Tensor, recipe: Recipe, scale2: Tensor | None = None) -> tupl
     check(weight, recipe)
     blocks, amax = _blocks(weight, recipe)
     if recipe.square:
-        amax = _over_squares(amax, torch.amax)
+        amax = over_squares(amax, torch.amax)
     scale2 = global_scale(amax, bound(recipe)) if scale2 is None else _fitting(scale2, amax)
     scales = _scales(blocks, amax / (CODE_MAX * scale2), scale2, recipe)
     scales = torch.where(amax > 0, scales, torch.ones_like(scales))
@@ -117,7 +117,7 @@ def _blocks(weight: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
     return blocks, amax
 
 
-def _over_squares(values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
+def over_squares(values: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
     """Each 16 rows of float32[..., N, K/16] reduced, for all 16."""
     squares = values.unflatten(-2, (-1, BLOCK))
     reduced: Tensor = reduce(squares, dim=-2, keepdim=True)
@@ -162,7 +162,7 @@ def _least_error(blocks: Tensor, candidates: Iterable[Tensor], recipe: Recipe) -
         steps = scales.float().unsqueeze(-1)
         error = _sum((_round((blocks / steps).abs()).mul_(steps) - blocks.abs()).square(), -1)
         if recipe.square:
-            error = _over_squares(error, _sum)
+            error = over_squares(error, _sum)
         if best is None or least is None:
             best, least = scales, error
             continue

@@ -12,8 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palaestra.kernels import fp8, nvfp4
-from palaestra.kernels import linear as linear_module
+from palaestra.kernels import fp8, native, nvfp4
 from palaestra.kernels.linear import Weight, linear, linear_plain, pack
 from palaestra.kernels.native import FILE, TILE, Library, Matrix, library
 from palaestra.model.cache import Cache
@@ -154,7 +153,7 @@ def test_every_output_is_written_and_nothing_around_it_is_read_or_written(
     generator = torch.Generator().manual_seed(seed)
     weight = KINDS.get(kind, nvfp4.quantize)(torch.randn(rows, 16 * blocks, generator=generator))
     x = torch.randn(batch, 16 * blocks, generator=generator).to(torch.float32 if kind == INT8 else dtype)
-    activations = linear_module.INT8 if kind == INT8 else linear_module.KINDS[x.dtype]
+    activations = native.INT8 if kind == INT8 else native.KINDS[x.dtype]
     for name in tiers():
         of = Library(FILE, name)
         packed = pack(of, weight)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from palaestra.kernels.mamba import recur, scan_plain
 from palaestra.model.cache import Cache
 from palaestra.model.checkpoint import CheckpointError, load, save, tokenizer_hash
 from palaestra.model.cli import app
 from palaestra.model.config import ModelConfig
-from palaestra.model.mamba import scan, step
 from palaestra.model.network import Hybrid
 from palaestra.model.presets import PRESETS, preset
 
@@ -101,10 +101,10 @@ def test_the_chunked_scan_is_the_recurrence(length, chunk, groups, seed):
     x, dt, a = torch.randn(2, length, 4, 8), torch.rand(2, length, 4), -4 * torch.rand(4)
     b, c = torch.randn(2, 2, length, groups, 6)
     state = torch.randn(2, 4, 8, 6)
-    chunked, last = scan(x, dt, a, b, c, state.clone(), chunk)
+    chunked, last = scan_plain(x, dt, a, b, c, torch.zeros(4), state.clone(), chunk=chunk)
     stepped = []
     for at in range(length):
-        stepped.append(step(x[:, at], dt[:, at], a, b[:, at], c[:, at], state))
+        stepped.append(recur(x[:, at], dt[:, at], a, b[:, at], c[:, at], state))
     torch.testing.assert_close(chunked, torch.stack(stepped, 1), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(last, state, atol=1e-4, rtol=1e-4)
 

@@ -12,6 +12,7 @@ from palaestra.kernels import hadamard, nvfp4
 from palaestra.kernels.attention import Pages, attend_plain
 from palaestra.kernels.experts import Routing
 from palaestra.kernels.linear import linear_plain
+from palaestra.kernels.mamba import scan_plain
 from palaestra.kernels.nvfp4 import NVFP4, Recipe
 from palaestra.kernels.triton import available, blackwell, products
 from palaestra.kernels.triton import mamba as decode
@@ -348,7 +349,7 @@ def test_the_scan_and_its_gradients(lengths, heads, dim, state, groups, dtype):
     y, last = scan(*ours, starts)
     x, dt, a, b, c, first = exact
     plain = [
-        plain_mamba.scan(x[None, at], dt[None, at], a, b[None, at], c[None, at], first[None, index])
+        scan_plain(x[None, at], dt[None, at], a, b[None, at], c[None, at], torch.zeros_like(a), first[None, index])
         for index, length in enumerate(lengths)
         if (at := slice(int(starts[index]), int(starts[index]) + length)) and length
     ]

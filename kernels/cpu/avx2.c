@@ -93,6 +93,13 @@ INLINE vec codes_values(const uint8_t *bytes) {
     return (vec)_mm256_or_ps(magnitudes, _mm256_castsi256_ps(signs));
 }
 
+INLINE vec float16(const uint16_t *values) { return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)values)); }
+
+/* What does not fit is cut off; beyond the largest: the largest. */
+INLINE void store_float16(uint16_t *to, vec values) {
+    _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC));
+}
+
 #include "operations.h"
 
 const struct operations avx2 = {"avx2", OPERATIONS, NULL};

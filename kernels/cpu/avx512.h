@@ -79,3 +79,10 @@ INLINE vec codes_values(const uint8_t *bytes) {
     __m512i pairs = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)bytes));
     return codes_at(_mm512_or_si512(pairs, _mm512_slli_epi64(pairs, 28)), 0);
 }
+
+INLINE vec float16(const uint16_t *values) { return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)values)); }
+
+/* What does not fit is cut off; beyond the largest: the largest. */
+INLINE void store_float16(uint16_t *to, vec values) {
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph((__m512)values, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC));
+}

@@ -4,7 +4,7 @@
 #define WIDE 256        /* columns of a tile that stay in the cache for many rows */
 #define MOST (2 * TILE) /* vectors of sums under way, at most */
 #define STEPS_UNIT 256 /* times what `e4m3_steps` makes of the codes of block scales, none of which is negative */
-#define UNPACKED 5      /* beside `enum kind`: NVFP4 codes as floats, not yet multiplied by their blocks' scales */
+#define UNPACKED 6      /* beside `enum kind`: NVFP4 codes as floats, not yet multiplied by their blocks' scales */
 
 struct unpacked {
     float values[WIDE * TILE], steps[WIDE / BLOCK * TILE];

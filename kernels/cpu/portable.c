@@ -67,6 +67,23 @@ INLINE vec codes_values(const uint8_t *bytes) {
     return found;
 }
 
+INLINE vec float16(const uint16_t *values) { /* the exponents' bias by a multiplication, which subnormals survive */
+    ivec bits;
+    for (int lane = 0; lane < LANES; lane++)
+        bits[lane] = (int32_t)((uint32_t)(values[lane] & 0x8000) << 16 | (uint32_t)(values[lane] & 0x7fff) << 13);
+    return (vec)bits * 0x1p112f;
+}
+
+/* What does not fit is cut off; beyond the largest: the largest. */
+INLINE void store_float16(uint16_t *to, vec values) {
+    for (int lane = 0; lane < LANES; lane++) {
+        const int32_t bits = ((ivec)values)[lane], size = bits & 0x7fffffff;
+        const int32_t normal = ((size < 0x477fe000 ? size : 0x477fe000) >> 13) - (112 << 10);
+        const int32_t subnormal = size < 0x38800000 ? (int32_t)(fabsf(values[lane]) * 0x1p24f) : 0;
+        to[lane] = (uint16_t)((bits >> 16 & 0x8000) | (size < 0x38800000 ? subnormal : normal));
+    }
+}
+
 #include "operations.h"
 
 const struct operations portable = {"portable", OPERATIONS, NULL};

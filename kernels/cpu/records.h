@@ -6,8 +6,10 @@
 
 #define TILE 16  /* rows of a matrix that are computed side by side */
 #define BLOCK 16 /* columns under one NVFP4 scale */
+#define SPAN 64  /* tokens of a sequence that the recurrence lays out at a time, as [width / LANES][ROOM][LANES] */
+#define ROOM (SPAN + 1) /* a power of two would have a token's parts compete for the same places in the cache */
 
-enum kind { NVFP4, FLOAT32, BFLOAT16, FP8, INT8 }; /* of weights; and of activations */
+enum kind { NVFP4, FLOAT32, BFLOAT16, FP8, INT8, FLOAT16 }; /* of weights, activations, states */
 
 /* A weight [16 tiles, columns], the rows beyond those of the original zero.
    NVFP4: data uint32[tiles][columns / 16][2][16], a word for 8 columns of a row: nibbles 0 to 3 the even columns, 4 to 7
@@ -136,6 +138,66 @@ static inline long choosing(const float *weights, long stride, long rows, int32_
         if (weights[row * stride] != 0) chosen[count++] = (int32_t)row;
     return count;
 }
+/* A token each of `count` conversations through a Mamba-2 mixer, its projections aside. The conversations' windows
+   [slots][kernel - 1][width] and states [slots][heads][dim][state] are brought forward; states are FLOAT32, or BFLOAT16 or
+   FLOAT16 with stochastic rounding by a hash of the seed, the slot, and the entry's place. */
+struct mamba_step {
+    const struct mamba *mamba;
+    const float *parts; /* [count] rows `stride` apart: z, x, B, C, dt of the input projection */
+    float *y; /* [count][heads dim] */
+    const int64_t *slots; /* [count], all different */
+    float *windows;
+    void *states;
+    int64_t count, stride;
+    uint64_t seed;
+    int32_t kind;
+    float eps;
+};
+
+/* The Mamba-2 recurrence over right-padded sequences: a token of dt 0 changes no state, one that `starts` marks begins with
+   a state of zeros. Forward writes y and last; backward reads dy and dlast and writes the rest. Pointers may be NULL:
+   initial (then dinitial is not written), starts, dlast. */
+struct scan {
+    const float *x, *dt, *a; /* [tokens][heads][dim], [tokens][heads], [heads] */
+    const float *b, *c, *d; /* [tokens][groups][state] twice, [heads] */
+    const float *initial; /* [batch][heads][dim][state], as are last, dlast, dinitial */
+    const uint8_t *starts; /* [tokens] */
+    float *y, *last;
+    const float *dy, *dlast;
+    float *dx, *ddt, *da, *db, *dc, *dd, *dinitial; /* da, dd [batch][heads]; db, dc [shares][tokens][groups][state] */
+    int64_t batch, length; /* tokens: batch length */
+    int64_t heads, dim, groups, state;
+    int64_t x_stride, b_stride, c_stride; /* from token to token */
+    int64_t shares; /* parts of a group's heads that are computed apart, and whose gradients of B and C are to be added */
+};
+
+#define CHANNELS 128 /* of a sequence that are convolved together */
+
+/* silu(causal depthwise convolution) of right-padded sequences; a token sees none before one that `starts` (or NULL) marks.
+   Forward writes y; backward reads dy and writes dx and dweight. */
+struct convolution {
+    const float *x, *weight, *bias; /* [tokens][width], [kernel][width], [width] */
+    const uint8_t *starts; /* [tokens] */
+    float *y;
+    const float *dy;
+    float *dx, *dweight; /* [tokens][width]; [batch][kernel + 1][width], the last row the bias's */
+    int64_t batch, length, width, kernel, x_stride;
+};
+
+#define GATE_ROWS 64 /* rows whose gradients of the weight are added up before the others' are */
+
+/* weight * y silu(z) / rms over each of `groups` parts of a row. Forward writes out; backward reads dout, writes the rest. */
+struct gate {
+    const float *y, *z, *weight; /* [rows][width] twice, [width] */
+    float *out;
+    const float *dout;
+    float *dy, *dz, *dweight; /* the last [rows / GATE_ROWS, rounded up][width] */
+    int64_t rows, width, groups, z_stride;
+    float eps;
+};
+
+/* One piece of work that a record describes. */
+typedef void (*part)(const void *work, long piece, float *scratch);
 
 /* What a tier of instructions offers. */
 struct operations {
@@ -159,6 +221,8 @@ struct operations {
     void (*quantize)(const struct quantising *q, long patch, float scale2);
     void (*dequantize)(const uint8_t *codes, const uint8_t *scales, float scale2, long blocks, float *values);
     void (*transform)(const struct rotation *r, const float *x, float *y, long width);
+    part mamba_part, scan_forward, scan_backward, convolution_forward, convolution_backward, gate_forward,
+        gate_backward;
     void (*multiply_bf16)(const struct matrix *w, long tile, long last, const uint16_t *x, long rows, float *y,
                           long y_stride); /* NVFP4 weights; NULL in a tier without products of bf16 */
 };

@@ -58,8 +58,7 @@ def quantize(weight: Tensor, square: bool = False, seed: int | None = None, rota
     nearest even); `rotation`: transform along K before. Raises ValueError as nvfp4.quantize, and as `transform`.
     """
     require(weight, *DTYPES)
-    if weight.dim() < 2 or not weight.numel() or weight.shape[-1] % BLOCK:
-        raise ValueError(f"NVFP4 needs [..., N, K] with K a multiple of {BLOCK}; got {list(weight.shape)}")
+    nvfp4_plain.check(weight, nvfp4_plain.Recipe(square=square))
     size = rotation.size if rotation else BLOCK
     values, signs = _rotated(weight, rotation) if rotation else (weight.contiguous().flatten(), weight)
     groups, grid = len(values) // size, _grid(values, size)
@@ -68,9 +67,9 @@ def quantize(weight: Tensor, square: bool = False, seed: int | None = None, rota
     amax = torch.empty(blocks, device=weight.device)
     _largest[grid](values, signs, amax, groups, size**-0.5, **options)
     if not torch.isfinite(amax).all():
-        raise ValueError(f"NVFP4 cannot hold infinities or NaN; the weight {list(weight.shape)} has some")
+        raise nvfp4_plain.not_finite(weight)
     if square:
-        amax = nvfp4_plain.by_square(amax, weight).contiguous()
+        amax = nvfp4_plain.over_squares(amax, torch.amax).contiguous()
     scale2 = nvfp4_plain.global_scale(amax, nvfp4_plain.SCALE_MAX)[..., 0, 0].contiguous()
     codes = torch.empty(*weight.shape[:-1], weight.shape[-1] // 2, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(blocks, dtype=torch.uint8, device=weight.device)
