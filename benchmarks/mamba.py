@@ -152,14 +152,14 @@ def _step_row(sizes: tuple[int, int, int, int], count: int) -> dict[str, Any]:
     bytes_each = count * of.heads * of.dim * of.state * 4
     copies = max(1, FROM_MEMORY // bytes_each) if count > 1 else 1
     pools = {dtype: [Slots.empty(of, count, dtype) for _ in range(copies)] for dtype in STATES}
-    following = {dtype: following(pool) for dtype, pool in pools.items()}
+    after = {dtype: following(pool) for dtype, pool in pools.items()}
     moved = following([torch.ones(bytes_each // 4) for _ in range(copies)])
     candidates: dict[str, Pass] = {
-        f"ours, {str(dtype).removeprefix('torch.')}": lambda dtype=dtype: step(of, parts, following[dtype](), all_rows)
+        f"ours, {str(dtype).removeprefix('torch.')}": lambda dtype=dtype: step(of, parts, after[dtype](), all_rows)
         for dtype in STATES
     }
-    candidates["plain"] = lambda: step_plain(of, parts, following[torch.float32](), all_rows)
-    candidates["plain, in place"] = lambda: step_in_place(of, parts, following[torch.float32]())
+    candidates["plain"] = lambda: step_plain(of, parts, after[torch.float32](), all_rows)
+    candidates["plain, in place"] = lambda: step_in_place(of, parts, after[torch.float32]())
     candidates["mul_"] = lambda: moved().mul_(1.0)
     seconds = take_turns(candidates, 3 if count > 1 else 30)
     return {

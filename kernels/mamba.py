@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from palaestra.kernels import mamba_native, native
+from palaestra.kernels.memory import Arena
 from palaestra.kernels.native import TILE, library
 
 STATES = (torch.float32, torch.bfloat16, torch.float16)
@@ -202,7 +203,7 @@ class Slots:
         if dtype not in STATES:
             raise ValueError(f"states are kept in {', '.join(map(str, STATES))}; got {dtype}")
         kernel, width = mixer.conv.shape
-        states = torch.zeros(count, mixer.heads, mixer.dim, mixer.state, dtype=dtype)
+        states = Arena().zeros((count, mixer.heads, mixer.dim, mixer.state), dtype)
         return cls(torch.zeros(count, kernel - 1, width), states)
 
 

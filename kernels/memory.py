@@ -1,5 +1,5 @@
-"""Memory for weights that are read from end to end: in huge pages, whose addresses the processor need not look up so
-often. A stream of weights then comes up to twice as fast."""
+"""Memory for weights and states that are read from end to end: in huge pages, whose addresses the processor need not
+look up so often. A stream of them then comes up to twice as fast."""
 
 from __future__ import annotations
 

@@ -8,11 +8,12 @@ import torch
 import triton
 from torch import Tensor
 
-from palaestra.kernels import hadamard, nvfp4
+from palaestra.kernels import dispatch, hadamard, nvfp4
 from palaestra.kernels.attention import Pages, attend_plain
 from palaestra.kernels.experts import Routing
 from palaestra.kernels.linear import linear_plain
 from palaestra.kernels.mamba import scan_plain
+from palaestra.kernels.native import TORCH
 from palaestra.kernels.nvfp4 import NVFP4, Recipe
 from palaestra.kernels.triton import available, blackwell, products
 from palaestra.kernels.triton import mamba as decode
@@ -401,3 +402,20 @@ def test_products_of_two_nvfp4_matrices_need_their_device():
     else:
         with pytest.raises(RuntimeError, match=r"10\.x"):
             blackwell.linear(x, weight)
+
+
+# --- what picks them
+
+
+def test_each_operations_one_function_picks_these():
+    weight, x = nvfp4.quantize(randn(48, 32)), randn(3, 32)
+    picked = dispatch.linear(weight)
+    assert picked.kernels == dispatch.kernels_for(x.device) == dispatch.TRITON
+    close(picked(x), x.double() @ nvfp4.dequantize(weight).double().T)
+    assert dispatch.linear(nvfp4.dequantize(weight)).kernels == TORCH
+    up, down, routing = nvfp4.quantize(randn(4, 48, 32)), nvfp4.quantize(randn(4, 32, 48)), Routing(2)
+    chosen, weights = dispatch.route(randn(3, 4), torch.zeros(4, device=DEVICE), routing)
+    close(dispatch.experts(up, down)(x, chosen, weights), exact_experts(x, up, down, chosen, weights))
+    pages = Pages(randn(2, 1, 4, 16), randn(2, 1, 4, 16), torch.tensor([[1, 0]], dtype=torch.int32, device=DEVICE))
+    q, lengths = randn(1, 2, 16), torch.tensor([6], device=DEVICE)
+    close(dispatch.attend(q, pages, lengths), attend_plain(q.double(), pages, lengths))

@@ -12,4 +12,9 @@ def available() -> bool:
     """Whether triton is installed and there is something to run it on: a CUDA device, or TRITON_INTERPRET=1."""
     if importlib.util.find_spec("triton") is None:
         return False
-    return torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+    return torch.cuda.is_available() or interpreted()
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on a CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
