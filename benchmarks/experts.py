@@ -1,4 +1,5 @@
-"""The grouped product over NVFP4 experts beside a loop of torch's bf16 linears: `python benchmarks/experts.py`.
+"""The grouped product over NVFP4 experts beside a loop of torch's bf16 linears: `python benchmarks/experts.py [--json
+FILE]`.
 
 Nemotron Super's shapes scaled down: a latent width of 256, 64 experts of 672, 8 of them for every token. Layers rotate
 over more memory than the cache holds.
@@ -7,17 +8,16 @@ over more memory than the cache holds.
 from __future__ import annotations
 
 import ctypes
-import json
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from turns import FROM_MEMORY, following, microseconds, ratio, take_turns
+from turns import FROM_MEMORY, built, following, main, microseconds, ratio, take_turns
 
 from palaestra.kernels import nvfp4
 from palaestra.kernels.experts import PackedExperts, Routing, pack_experts, route_plain
-from palaestra.kernels.native import Library, library
+from palaestra.kernels.native import Library
 
 WIDTH, INNER, COUNT, TOP = 256, 672, 64, 8
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
@@ -90,8 +90,4 @@ def rows(native: Library) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    native = library()
-    if native is None:
-        raise SystemExit("the kernels were not built: there was no C compiler")
-    for found in rows(native):
-        print(json.dumps(found))
+    main(__doc__, lambda: rows(built()))

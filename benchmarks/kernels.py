@@ -3,17 +3,15 @@ products.py; here is a whole model's step against transformers."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import products
 import torch
-from turns import ROUNDS, microseconds, ratio, take_turns
+from turns import ROUNDS, built, main, microseconds, ratio, take_turns
 
-from palaestra.kernels.native import Library, library
+from palaestra.kernels.native import Library
 from palaestra.model.cache import Cache
 from palaestra.model.checkpoint import save
 from palaestra.model.decoder import decoder
@@ -73,9 +71,7 @@ def whole_model(native: Library) -> dict[str, Any]:
 
 def measure() -> dict[str, Any]:
     """All of it, with one thread and with all."""
-    native = library()
-    if native is None:
-        raise SystemExit("the kernels were not built: there was no C compiler")
+    native = built()
     most, found = torch.get_num_threads(), {"tier": native.tier, "products": products.rows(native)}
     for threads in sorted({1, most}):
         torch.set_num_threads(threads)
@@ -84,16 +80,5 @@ def measure() -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    """Measure, print, and write the JSON file that is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    text = json.dumps(measure(), indent=1)
-    print(text)
-    if given.json:
-        given.json.write_text(text + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, measure)

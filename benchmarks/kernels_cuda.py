@@ -8,15 +8,13 @@ the L2 cache holds.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import statistics
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
+from turns import main
 
 from palaestra.kernels import nvfp4
 
@@ -147,16 +145,5 @@ def measure() -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Measure, print, and write the JSON file that is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    text = json.dumps(measure(), indent=1)
-    print(text)
-    if given.json:
-        given.json.write_text(text + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, measure)

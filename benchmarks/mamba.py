@@ -6,9 +6,7 @@ inputs being there, raises a fresh process's resident set at most, as Linux coun
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -19,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from turns import FROM_MEMORY, following, ratio, take_turns
+from turns import FROM_MEMORY, built, following, main, ratio, take_turns
 
 from palaestra.kernels.mamba import STATES, Mixer, Slots, gated_norm_plain, recur, scan, scan_plain, step, step_plain
 from palaestra.kernels.native import library
@@ -181,19 +179,5 @@ def measure() -> list[dict[str, Any]]:
     return found
 
 
-def main() -> None:
-    """Measure, print, and write the JSON file that is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    native = library()
-    if native is None:
-        raise SystemExit("the kernels were not built: there was no C compiler")
-    text = json.dumps({"tier": native.tier, "rows": measure()}, indent=1)
-    print(text)
-    if given.json:
-        given.json.write_text(text + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, lambda: {"tier": built().tier, "rows": measure()})

@@ -7,21 +7,31 @@ product) the fastest counts. No dequantised copy of a weight is kept: ours take 
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import ggml
 import torch
-from turns import FROM_MEMORY, Candidates, Seconds, bandwidth, fastest, following, microseconds, ratio, take_turns
+from turns import (
+    FROM_MEMORY,
+    Candidates,
+    Seconds,
+    bandwidth,
+    built,
+    fastest,
+    following,
+    main,
+    microseconds,
+    ratio,
+    take_turns,
+)
 
 from palaestra.kernels import nvfp4
 from palaestra.kernels.linear import Packed, pack
 from palaestra.kernels.memory import Arena
-from palaestra.kernels.native import INT8, KINDS, TILE, Library, library
+from palaestra.kernels.native import INT8, KINDS, TILE, Library
 
 FROM_CACHE = (1024, 256)
 SHAPES = ((2688, 1024), (4096, 4096), FROM_CACHE)
@@ -128,18 +138,5 @@ def rows(native: Library) -> list[dict[str, Any]]:
     return found
 
 
-def main() -> None:
-    """Measure and print row by row, and write the JSON file that is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    native = library()
-    if native is None:
-        raise SystemExit("the kernels were not built: there was no C compiler")
-    found = rows(native)
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, lambda: rows(built()))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from palaestra.kernels.native import Library, library
 
 ROUNDS = 7
 FROM_MEMORY = 256 << 20
@@ -60,3 +65,22 @@ def following(items: list[Any]) -> Callable[[], Any]:
     """The next item of a ring."""
     ring = itertools.cycle(items)
     return lambda: next(ring)
+
+
+def main(description: str | None, measure: Callable[[], Any]) -> None:
+    """Measure, print, and write the JSON file that is asked for."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    text = json.dumps(measure(), indent=1)
+    print(text)
+    if given.json:
+        given.json.write_text(text + "\n")
+
+
+def built() -> Library:
+    """The C kernels. Ends the program where they were not built."""
+    found = library()
+    if found is None:
+        raise SystemExit("the kernels were not built: there was no C compiler")
+    return found

@@ -3,6 +3,8 @@ runs this file in a process of its own, since the interpreter is chosen when tri
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
@@ -12,7 +14,7 @@ from palaestra.kernels import dispatch, hadamard, nvfp4
 from palaestra.kernels.attention import Pages, attend_plain
 from palaestra.kernels.experts import Routing
 from palaestra.kernels.linear import linear_plain
-from palaestra.kernels.mamba import scan_plain
+from palaestra.kernels.mamba import Mixer, Slots, scan_plain
 from palaestra.kernels.native import TORCH
 from palaestra.kernels.nvfp4 import NVFP4, Recipe
 from palaestra.kernels.triton import available, blackwell, products
@@ -271,11 +273,11 @@ def mixer(heads: int, dim: int, state: int, groups: int, kernel: int) -> plain_m
     return made.double().requires_grad_(False)
 
 
-def fused(made: plain_mamba.Mamba) -> decode.Mixer:
+def fused(made: plain_mamba.Mamba) -> Mixer:
     conv = made.conv1d
-    parts = (conv.weight[:, 0], conv.bias, made.dt_bias, -torch.exp(made.A_log), made.D, made.norm.weight)
+    parts = (conv.weight[:, 0].T, conv.bias, made.dt_bias, -torch.exp(made.A_log), made.D, made.norm.weight)
     config = made.config
-    return decode.Mixer(*(part.float().contiguous() for part in parts), config.n_groups, config.layer_norm_epsilon)
+    return Mixer(*(part.float().contiguous() for part in parts), config.n_groups, config.layer_norm_epsilon)
 
 
 SHAPES = [(4, 8, 16, 2, 4), (3, 5, 7, 1, 2), (6, 16, 24, 3, 5)] if INTERPRETED else [(64, 64, 128, 8, 4)]
@@ -288,13 +290,13 @@ def test_decode_steps(shape, kept, dtype):
     heads, dim, state, _, kernel = shape
     made = mixer(*shape)
     channels = made.config.conv_width
-    pool = decode.Pool(randn(6, kernel - 1, channels, dtype=dtype), randn(6, heads, dim, state, dtype=kept))
+    pool = Slots(randn(6, kernel - 1, channels, dtype=dtype), randn(6, heads, dim, state, dtype=kept))
     slots = torch.tensor([4, 0, 3], device=DEVICE)
-    untouched = [part[[1, 2, 5]].clone() for part in pool]
+    untouched = pool.windows[[1, 2, 5]], pool.states[[1, 2, 5]]
     if kept == torch.float32:
         pool.states[slots[:2]] = 0  # then the first step's states are proportional to dt
     for _ in range(2):
-        past = tuple(part[slots].double() for part in pool)
+        past = pool.windows[slots].double(), pool.states[slots].double()
         projected = randn(3, heads * dim + channels + heads, dtype=dtype)
         projected[:2, -heads:] = torch.tensor([[-12.0], [-5.0]])  # softplus far below 1
         exact = made(projected[:, None].double(), None, past)[:, 0]
@@ -304,19 +306,20 @@ def test_decode_steps(shape, kept, dtype):
         for slot, state in zip(slots, past[1], strict=True):
             close(pool.states[slot], state)
         assert torch.equal(pool.windows[slots].double(), past[0])
-    assert all(torch.equal(part[[1, 2, 5]], before) for part, before in zip(pool, untouched, strict=True))
+    assert torch.equal(pool.windows[[1, 2, 5]], untouched[0])
+    assert torch.equal(pool.states[[1, 2, 5]], untouched[1])
 
 
 @pytest.mark.parametrize("kept", [torch.bfloat16, torch.float16])
 def test_states_are_rounded_without_bias(kept):
     made, slots = mixer(1, 2, 16, 1, 4), torch.arange(DRAWS, device=DEVICE)
-    parameters = fused(made)._replace(a=torch.full((1,), -1.5e-3, device=DEVICE))  # a decay that nearest would lose
+    parameters = replace(fused(made), a=torch.full((1,), -1.5e-3, device=DEVICE))  # a decay that nearest would lose
     window, state = randn(1, 3, made.config.conv_width), randn(1, 1, 2, 16, dtype=kept)
     window[..., :2] = 1e-4
     state[..., :4] *= 1e-5  # subnormal in float16
     projected = randn(1, 2 + made.config.conv_width + 1).expand(DRAWS, -1)
-    rounded = decode.Pool(window.repeat(DRAWS, 1, 1), state.repeat(DRAWS, 1, 1, 1))
-    kept_whole = decode.Pool(window.clone(), state.float())
+    rounded = Slots(window.repeat(DRAWS, 1, 1), state.repeat(DRAWS, 1, 1, 1))
+    kept_whole = Slots(window.clone(), state.float())
     decode.step(projected, parameters, rounded, slots, seed=3)
     decode.step(projected[:1], parameters, kept_whole, slots[:1])
     unbiased(rounded.states, kept_whole.states[0].double())

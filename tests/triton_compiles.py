@@ -11,11 +11,12 @@ from triton.runtime import JITFunction, driver
 from palaestra.kernels import nvfp4
 from palaestra.kernels.attention import Pages
 from palaestra.kernels.experts import Routing
+from palaestra.kernels.mamba import Mixer, Slots
 from palaestra.kernels.triton import blackwell
 from palaestra.kernels.triton.attention import attend
 from palaestra.kernels.triton.experts import experts, route
 from palaestra.kernels.triton.linear import linear
-from palaestra.kernels.triton.mamba import Mixer, Pool, step
+from palaestra.kernels.triton.mamba import step
 from palaestra.kernels.triton.quantize import Hadamard, quantize, transform
 from palaestra.kernels.triton.scan import scan
 
@@ -97,8 +98,8 @@ def test_quantisation(architecture, assembly):
 def test_decode_steps(kept, seed, architecture, assembly):
     channels = HEADS * DIM + 2 * GROUPS * STATE
     sizes = (channels, HEADS, HEADS, HEADS, HEADS * DIM)
-    mixer = Mixer(torch.ones(channels, KERNEL), *(torch.ones(size) for size in sizes), GROUPS)
-    pool = Pool(torch.ones(3, KERNEL - 1, channels), torch.ones(3, HEADS, DIM, STATE, dtype=kept))
+    mixer = Mixer(torch.ones(KERNEL, channels), *(torch.ones(size) for size in sizes), GROUPS)
+    pool = Slots(torch.ones(3, KERNEL - 1, channels), torch.ones(3, HEADS, DIM, STATE, dtype=kept))
     projected = torch.ones(2, HEADS * DIM + channels + HEADS, dtype=torch.bfloat16)
     step(projected, mixer, pool, torch.arange(2), seed)
     assert set(assembly) == {"_recur", "_norm"}

@@ -1,15 +1,14 @@
 """Mamba-2's decode step: convolution, recurrence, gate and grouped norm for one token of each of several conversations,
-whose states lie in a pool. The plain version is model/mamba.py's Mamba between its two projections."""
+whose states lie in slots. The plain version: kernels/mamba.py."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from palaestra.kernels.mamba import Mixer, Slots
 from palaestra.kernels.triton.device import power_of_two, require
 from palaestra.kernels.triton.formats import to_half
 
@@ -19,30 +18,7 @@ HALVES = {torch.float16: (10, 2.0**-14, 65504.0), torch.bfloat16: (7, 2.0**-126,
 """Of the dtypes that states may be rounded to: bits of the mantissa, the smallest normal, the largest number."""
 
 
-class Mixer(NamedTuple):
-    """A mixer's float32 parameters: conv [C, kernel] with its bias [C], C = heads dim + 2 groups N; dt_bias, a (that is
-    -exp(A_log)) and d [heads]; norm [heads dim], in `groups` groups."""
-
-    conv: Tensor
-    conv_bias: Tensor
-    dt_bias: Tensor
-    a: Tensor
-    d: Tensor
-    norm: Tensor
-    groups: int
-    eps: float = 1e-5
-    dt_min: float = 0.0
-
-
-class Pool(NamedTuple):
-    """States of many conversations: the last inputs of the convolution, any float [slots, kernel - 1, C], and the
-    recurrent state float32, bf16 or float16 [slots, heads, dim, N]."""
-
-    windows: Tensor
-    states: Tensor
-
-
-def step(projected: Tensor, mixer: Mixer, pool: Pool, slots: Tensor, seed: int | None = None) -> Tensor:
+def step(projected: Tensor, mixer: Mixer, pool: Slots, slots: Tensor, seed: int | None = None) -> Tensor:
     """What in_proj made of one token, float [B, heads dim + C + heads] = [z | xBC | dt], -> what out_proj takes, in the
     same dtype [B, heads dim].
 
@@ -55,7 +31,7 @@ def step(projected: Tensor, mixer: Mixer, pool: Pool, slots: Tensor, seed: int |
     if seed is not None and pool.states.dtype not in HALVES:
         raise ValueError("stochastic rounding needs states in float16 or bf16")
     _, heads, dim, state = pool.states.shape
-    channels, kernel = mixer.conv.shape
+    kernel, channels = mixer.conv.shape
     if kernel < 2:
         raise ValueError("a convolution of one token has no window; the kernel needs at least two")
     width, batch = heads * dim, len(projected)
@@ -66,8 +42,9 @@ def step(projected: Tensor, mixer: Mixer, pool: Pool, slots: Tensor, seed: int |
     gated = torch.empty(batch, width, device=y.device)
     mantissa, lowest, largest = HALVES.get(pool.states.dtype, HALVES[torch.bfloat16])
     _recur[batch, heads](
-        projected, mixer.conv, mixer.conv_bias, mixer.dt_bias, mixer.a, mixer.d, *pool, slots, gated, mixer.dt_min,
-        seed or 0, HEADS=heads, GROUPS=mixer.groups, DIM=dim, STATE=state, KERNEL=kernel, STOCHASTIC=seed is not None,
+        projected, mixer.conv, mixer.conv_bias, mixer.dt_bias, mixer.a, mixer.d, pool.windows, pool.states, slots,
+        gated, mixer.dt_min, seed or 0, HEADS=heads, GROUPS=mixer.groups, DIM=dim, STATE=state, KERNEL=kernel,
+        STOCHASTIC=seed is not None,
         MANTISSA=mantissa, LOWEST=lowest, LARGEST=largest, WIDE=power_of_two(dim), DEEP=power_of_two(state),
         num_warps=WARPS,
     )  # fmt: skip
@@ -98,9 +75,9 @@ def _convolved(new, window, conv, bias, channel, real, CHANNELS, KERNEL: tl.cons
     acc = tl.load(bias + channel, mask=real, other=0.0)
     for past in tl.static_range(KERNEL - 1):
         value = tl.load(window + past * CHANNELS + channel, mask=real, other=0.0).to(tl.float32)
-        acc += value * tl.load(conv + channel * KERNEL + past, mask=real, other=0.0)
+        acc += value * tl.load(conv + past * CHANNELS + channel, mask=real, other=0.0)
     value = tl.load(new + channel, mask=real, other=0.0).to(tl.float32)
-    return _silu(acc + value * tl.load(conv + channel * KERNEL + KERNEL - 1, mask=real, other=0.0))
+    return _silu(acc + value * tl.load(conv + (KERNEL - 1) * CHANNELS + channel, mask=real, other=0.0))
 
 
 @triton.jit(do_not_specialize=["seed"])
