@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from palaestra.kernels.native import Library, Rotation, library, pointer
+from palaestra.kernels.registered import differentiate, register
 
 SIZES = (16, 32, 64, 128)
 
@@ -29,13 +30,13 @@ def transform(x: Tensor, size: int = 16, seed: int = 0) -> Tensor:
     The signs are drawn by `seed` (0: none). Raises ValueError for a size that is none of SIZES and for K not a multiple
     of it.
     """
-    result: Tensor = torch.ops.palaestra.hadamard(x, size, seed, False)
+    result: Tensor = hadamard_op(x, size, seed, False)
     return result
 
 
 def inverse(x: Tensor, size: int = 16, seed: int = 0) -> Tensor:
     """What `transform` makes `x` of. Raises as transform."""
-    result: Tensor = torch.ops.palaestra.hadamard(x, size, seed, True)
+    result: Tensor = hadamard_op(x, size, seed, True)
     return result
 
 
@@ -99,11 +100,8 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
     size, seed, inverse = ctx.how
-    return torch.ops.palaestra.hadamard(gradient, size, seed, not inverse), None, None, None
+    return hadamard_op(gradient, size, seed, not inverse), None, None, None
 
 
-NAME = "palaestra::hadamard"
-torch.library.define(NAME, "(Tensor x, int size, int seed, bool inverse) -> Tensor")
-torch.library.impl(NAME, "default", _hadamard)
-torch.library.register_fake(NAME, _room)
-torch.library.register_autograd(NAME, _backward, setup_context=_remember)
+hadamard_op = register("hadamard", _hadamard, _room, "(Tensor x, int size, int seed, bool inverse) -> Tensor")
+differentiate(hadamard_op, _backward, _remember)

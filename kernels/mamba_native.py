@@ -14,6 +14,7 @@ from torch import Tensor
 
 from palaestra.kernels import native
 from palaestra.kernels.native import KINDS, pointer
+from palaestra.kernels.registered import differentiate, register
 
 if TYPE_CHECKING:
     from palaestra.kernels.mamba import Mixer, Slots
@@ -74,8 +75,7 @@ def _shares(heads: int, groups: int) -> int:
     return math.gcd(heads // groups, max(1, SHARES // groups))
 
 
-@torch.library.custom_op("palaestra::scan", mutates_args=())
-def scan(
+def _scan(
     x: Tensor,
     dt: Tensor,
     a: Tensor,
@@ -92,7 +92,6 @@ def scan(
     return y, last
 
 
-@torch.library.custom_op("palaestra::scan_backward", mutates_args=())
 def _scan_backward(
     dy: Tensor,
     dlast: Tensor | None,
@@ -123,13 +122,11 @@ def _sum(parts: Tensor) -> Tensor:
     return parts.squeeze(0) if len(parts) == 1 else parts.sum(0)
 
 
-@scan.register_fake
-def _(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
+def _scan_room(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[0], *x.shape[2:], b.shape[-1])
 
 
-@_scan_backward.register_fake
-def _(dy: Tensor, dlast: Tensor | None, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+def _scan_backward_room(dy: Tensor, dlast: Tensor | None, *inputs: Tensor | None) -> tuple[Tensor, ...]:
     *others, state, _ = inputs
     return (*(t.new_empty(t.shape) for t in others if t is not None), dy.new_empty(0 if state is None else state.shape))
 
@@ -141,11 +138,13 @@ def _keep(ctx: Any, inputs: tuple[Tensor | None, ...], output: Any) -> None:
 
 def _scan_gradients(ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
     x, *_, state, _ = ctx.saved_tensors
-    *found, dstate = _scan_backward(torch.zeros_like(x) if dy is None else dy, dlast, *ctx.saved_tensors)
+    *found, dstate = scan_backward(torch.zeros_like(x) if dy is None else dy, dlast, *ctx.saved_tensors)
     return *found, None if state is None else dstate, None
 
 
-scan.register_autograd(_scan_gradients, setup_context=_keep)
+scan = register("scan", _scan, _scan_room)
+scan_backward = register("scan_backward", _scan_backward, _scan_backward_room)
+differentiate(scan, _scan_gradients, _keep)
 
 
 # -- the convolution
@@ -162,8 +161,7 @@ def _convolution_record(
     ), given
 
 
-@torch.library.custom_op("palaestra::convolve", mutates_args=())
-def convolve(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None) -> Tensor:
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None) -> Tensor:
     """See mamba.convolve."""
     y = torch.empty(x.shape)
     record, _kept = _convolution_record(x, weight, bias, starts, {"y": y})
@@ -171,7 +169,6 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None) -> 
     return y
 
 
-@torch.library.custom_op("palaestra::convolve_backward", mutates_args=())
 def _convolve_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,21 +181,23 @@ def _convolve_backward(
     return dx, total[:kernel].T.contiguous(), total[kernel].clone()
 
 
-@convolve.register_fake
-def _(x: Tensor, *_: Tensor | None) -> Tensor:
+def _convolve_room(x: Tensor, *_: Tensor | None) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@_convolve_backward.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None) -> tuple[Tensor, ...]:
+def _convolve_backward_room(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None
+) -> tuple[Tensor, ...]:
     return tuple(tensor.new_empty(tensor.shape) for tensor in (x, weight, bias))
 
 
 def _convolve_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return *_convolve_backward(dy, *ctx.saved_tensors), None
+    return *convolve_backward(dy, *ctx.saved_tensors), None
 
 
-convolve.register_autograd(_convolve_gradients, setup_context=_keep)
+convolve = register("convolve", _convolve, _convolve_room)
+convolve_backward = register("convolve_backward", _convolve_backward, _convolve_backward_room)
+differentiate(convolve, _convolve_gradients, _keep)
 
 
 # -- gate and norm
@@ -212,8 +211,7 @@ def _gate_record(y: Tensor, z: Tensor, weight: Tensor, form: tuple[int, float], 
     return native.Gate(**_pointers(given), **sizes, eps=eps), given
 
 
-@torch.library.custom_op("palaestra::gated_norm", mutates_args=())
-def gated_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
+def _gated_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
     """See mamba.gated_norm."""
     out = torch.empty(y.shape)
     record, _kept = _gate_record(y, z, weight, (groups, eps), {"out": out})
@@ -221,7 +219,6 @@ def gated_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) ->
     return out
 
 
-@torch.library.custom_op("palaestra::gated_norm_backward", mutates_args=())
 def _gated_norm_backward(
     dout: Tensor, y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,13 +230,13 @@ def _gated_norm_backward(
     return dy, dz, dweight.sum(0)
 
 
-@gated_norm.register_fake
-def _(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
+def _gated_norm_room(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
     return y.new_empty(y.shape)
 
 
-@_gated_norm_backward.register_fake
-def _(dout: Tensor, y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> tuple[Tensor, ...]:
+def _gated_norm_backward_room(
+    dout: Tensor, y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
+) -> tuple[Tensor, ...]:
     return tuple(tensor.new_empty(tensor.shape) for tensor in (y, z, weight))
 
 
@@ -250,10 +247,12 @@ def _keep_gate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gate_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    return *_gated_norm_backward(dout, *ctx.saved_tensors, *ctx.form), None, None
+    return *gated_norm_backward(dout, *ctx.saved_tensors, *ctx.form), None, None
 
 
-gated_norm.register_autograd(_gate_gradients, setup_context=_keep_gate)
+gated_norm = register("gated_norm", _gated_norm, _gated_norm_room)
+gated_norm_backward = register("gated_norm_backward", _gated_norm_backward, _gated_norm_backward_room)
+differentiate(gated_norm, _gate_gradients, _keep_gate)
 
 
 # -- a step of decoding

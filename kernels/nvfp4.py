@@ -18,6 +18,7 @@ from palaestra.kernels import hadamard
 from palaestra.kernels import nvfp4_plain as plain
 from palaestra.kernels.native import NO_FIT, NOT_FINITE, Library, Quantising, Rotation, library, pointer
 from palaestra.kernels.nvfp4_plain import BLOCK, NVFP4, PLAIN, Recipe, Rule
+from palaestra.kernels.registered import differentiate, register
 
 __all__ = ["BLOCK", "NVFP4", "PLAIN", "Recipe", "dequantize", "fake_quantize", "quantize", "requantize", "transpose"]
 
@@ -28,7 +29,7 @@ def quantize(weight: Tensor, recipe: Recipe = PLAIN, scale2: Tensor | None = Non
     Raises ValueError for K not a multiple of 16 (or of the Hadamard transform's size), nor N where blocks are square,
     infinities or NaN, stochastic rounding under another rule than `max`, and a `scale2` under which values do not fit.
     """
-    return NVFP4(*torch.ops.palaestra.nvfp4_quantize(weight.detach(), *_flat(recipe), scale2))
+    return NVFP4(*quantize_op(weight.detach(), *_flat(recipe), scale2))
 
 
 def requantize(quantised: NVFP4, rows: Tensor, weight: Tensor) -> None:
@@ -41,14 +42,14 @@ def requantize(quantised: NVFP4, rows: Tensor, weight: Tensor) -> None:
 
 def dequantize(quantised: NVFP4) -> Tensor:
     """float32[..., N, K], every value exactly representable in bf16 when the global scale is a power of two."""
-    result: Tensor = torch.ops.palaestra.nvfp4_dequantize(*quantised)
+    result: Tensor = dequantize_op(*quantised)
     return result
 
 
 def fake_quantize(weight: Tensor, recipe: Recipe = PLAIN) -> Tensor:
     """dequantize(quantize(weight)), with the gradient passed straight through to `weight` (through the inverse of the
     Hadamard transform, where the recipe has one). Raises as quantize."""
-    result: Tensor = torch.ops.palaestra.nvfp4_fake_quantize(weight, *_flat(recipe))
+    result: Tensor = fake_quantize_op(weight, *_flat(recipe))
     return result
 
 
@@ -183,15 +184,11 @@ def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 RECIPE = "str rule, bool square, int size, int signs, int? seed"
-QUANTIZE, DEQUANTIZE, FAKE = (f"palaestra::nvfp4_{name}" for name in ("quantize", "dequantize", "fake_quantize"))
-torch.library.define(QUANTIZE, f"(Tensor weight, {RECIPE}, Tensor? scale2) -> (Tensor, Tensor, Tensor)")
-torch.library.define(DEQUANTIZE, "(Tensor codes, Tensor scales, Tensor scale2) -> Tensor")
-torch.library.define(FAKE, f"(Tensor weight, {RECIPE}) -> Tensor")
-for name, function, empty in (
-    (QUANTIZE, _quantize, _room),
-    (DEQUANTIZE, _dequantize, _space),
-    (FAKE, _fake_quantize, _like),
-):
-    torch.library.impl(name, "default", function)
-    torch.library.register_fake(name, empty)
-torch.library.register_autograd(FAKE, _straight_through, setup_context=_remember)
+quantize_op = register(
+    "nvfp4_quantize", _quantize, _room, f"(Tensor weight, {RECIPE}, Tensor? scale2) -> (Tensor, Tensor, Tensor)"
+)
+dequantize_op = register(
+    "nvfp4_dequantize", _dequantize, _space, "(Tensor codes, Tensor scales, Tensor scale2) -> Tensor"
+)
+fake_quantize_op = register("nvfp4_fake_quantize", _fake_quantize, _like, f"(Tensor weight, {RECIPE}) -> Tensor")
+differentiate(fake_quantize_op, _straight_through, _remember)
