@@ -20,6 +20,7 @@ from torch import Tensor
 from turns import FROM_MEMORY, built, following, main, ratio, take_turns
 
 from palaestra.kernels.mamba import STATES, Mixer, Slots, gated_norm_plain, recur, scan, scan_plain, step, step_plain
+from palaestra.kernels.memory import Arena
 from palaestra.kernels.native import library
 
 NANO, SMALL = (64, 64, 128, 8), (8, 64, 64, 2)
@@ -151,7 +152,8 @@ def _step_row(sizes: tuple[int, int, int, int], count: int) -> dict[str, Any]:
     copies = max(1, FROM_MEMORY // bytes_each) if count > 1 else 1
     pools = {dtype: [Slots.empty(of, count, dtype) for _ in range(copies)] for dtype in STATES}
     after = {dtype: following(pool) for dtype, pool in pools.items()}
-    moved = following([torch.ones(bytes_each // 4) for _ in range(copies)])
+    arena = Arena()  # huge pages, as the states'
+    moved = following([arena.zeros((bytes_each // 4,), torch.float32).fill_(1) for _ in range(copies)])
     candidates: dict[str, Pass] = {
         f"ours, {str(dtype).removeprefix('torch.')}": lambda dtype=dtype: step(of, parts, after[dtype](), all_rows)
         for dtype in STATES

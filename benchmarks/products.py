@@ -16,6 +16,7 @@ import ggml
 import torch
 from turns import (
     FROM_MEMORY,
+    PART,
     Candidates,
     Seconds,
     bandwidth,
@@ -102,9 +103,8 @@ def row(native: Library, shape: tuple[int, int], batch: int) -> dict[str, Any]:
     """One row of the table: medians in us and, by their names, how many times faster ours is."""
     candidates, nbytes = ours(native, shape, batch)
     peers = theirs(shape, batch) if batch in BATCHES else {}
-    memory = bandwidth()
     repeats = max(LEAST, int(WEIGHTS / (shape[0] * shape[1] * batch)))
-    seconds = take_turns({**candidates, **peers}, repeats) | take_turns({READ: memory}, 1)
+    seconds = take_turns({**candidates, **peers, READ: bandwidth()}, repeats)
     best = of(seconds, OURS)
     found = {
         "shape": "x".join(map(str, shape)),
@@ -120,8 +120,8 @@ def row(native: Library, shape: tuple[int, int], batch: int) -> dict[str, Any]:
         found["times ggml's fastest"] = ratio(of(seconds, GGML), best)
         found |= {f"times ggml, {kind}": ratio(of(seconds, f"{GGML}, {kind}:"), best) for kind in ("Q4_K", "NVFP4")}
     if shape != FROM_CACHE:
-        found["GB/s"] = round(FROM_MEMORY / 1e3 / microseconds(seconds[READ]), 1)
-        found["share of it"] = round(nbytes / FROM_MEMORY * ratio(seconds[READ], best), 2)
+        found["GB/s"] = round(PART / 1e3 / microseconds(seconds[READ]), 1)
+        found["share of it"] = round(nbytes / PART * ratio(seconds[READ], best), 2)
     return found
 
 

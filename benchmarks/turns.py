@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from palaestra.kernels.memory import Arena
 from palaestra.kernels.native import Library, library
 
 ROUNDS = 7
@@ -56,9 +57,13 @@ def fastest(seconds: Iterable[list[float]]) -> list[float]:
     return min(seconds, key=statistics.median)
 
 
+PART = FROM_MEMORY // 8
+
+
 def bandwidth() -> Callable[[], torch.Tensor]:
-    """Reads FROM_MEMORY bytes with torch's number of threads, adding them up."""
-    return torch.ones(FROM_MEMORY // 4).sum
+    """Reads the next PART of FROM_MEMORY bytes, in huge pages as weights are, with torch's number of threads."""
+    after = following(list(Arena().zeros((FROM_MEMORY // 4,), torch.float32).fill_(1).chunk(FROM_MEMORY // PART)))
+    return lambda: after().sum()
 
 
 def following(items: list[Any]) -> Callable[[], Any]:

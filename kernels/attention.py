@@ -52,14 +52,19 @@ def attend(library: Library, q: Tensor, pages: Pages, lengths: Tensor, threads: 
     """softmax(q k / sqrt(dim)) v over each conversation's first `lengths` int64[B] tokens, 0 where there are none: q
     float [B, heads, dim] -> float32 [B, heads, dim].
 
-    Raises IndexError for lengths beyond the table and pages that are not there, ValueError for a dim that is no
-    multiple of 16 and for dtypes that have no kernel.
+    Raises IndexError for lengths beyond the table and pages that are not there, ValueError for shapes that do not fit,
+    a dim that is no multiple of 16 and dtypes that have no kernel.
     """
+    if not len(q):
+        return q.detach().float()
     _check(pages, lengths)
     heads, dim = q.shape[1:]
+    if not len(q) == len(lengths) == len(pages.table) or heads % pages.keys.shape[1] or dim != pages.keys.shape[3]:
+        shapes = ", ".join(str(list(part.shape)) for part in (q, pages.keys, pages.table, lengths))
+        raise ValueError(f"q, keys, table and lengths that do not fit each other: {shapes}")
     if dim % TILE or pages.keys.dtype not in DTYPES or pages.values.dtype != pages.keys.dtype:
         raise ValueError(f"keys in float32, bf16 or FP8 of a width that {TILE} divides; got {dim}, {pages.keys.dtype}")
-    q, lengths, table = q.detach().float().contiguous(), lengths.contiguous(), pages.table.contiguous()
+    q, lengths, table = q.detach().float().contiguous(), lengths.long().contiguous(), pages.table.int().contiguous()
     y = torch.empty_like(q)
     record = native.Pages(
         keys=pointer(pages.keys),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from palaestra.kernels.linear import Packed, Weight, linear_plain, pack
 from palaestra.kernels.memory import Arena
-from palaestra.kernels.native import MLP, TILE, Library, MoE, pointer
+from palaestra.kernels.native import MLP, TILE, Library, MoE, floats, pointer
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ def route(library: Library, logits: Tensor, bias: Tensor, routing: Routing) -> t
     """The gate's outputs float32[T, E] and the correction bias float32[E], of the choice alone -> the chosen experts
     int64[T, top], the best first, and their weights float32[T, top]."""
     gate, bias = logits.float().clone(), bias.float().contiguous()
-    chosen = torch.empty(len(gate), routing.top, dtype=torch.int64)
-    weights = torch.empty(len(gate), routing.top)
+    chosen = torch.empty(len(gate), routing.top, dtype=torch.int64, device="cpu")
+    weights = floats(len(gate), routing.top)
     record = MoE(
         bias=pointer(bias),
         count=gate.shape[1],
@@ -79,11 +79,13 @@ class PackedExperts:
 def pack_experts(library: Library, weights: Sequence[tuple[Weight, Weight]]) -> PackedExperts:
     """Pack every expert's up [inner, width] and down [width, inner], all of the same shapes.
 
-    Raises ValueError as `pack`, and for widths that are no multiples of 16.
+    Raises ValueError as `pack`, for other shapes, and for widths that are no multiples of 16.
     """
     arena = Arena()
     packed = [(pack(library, up, arena), pack(library, down, arena)) for up, down in weights]
     inner, width = packed[0][0].rows, packed[0][0].columns
+    if any((up.rows, up.columns, down.rows, down.columns) != (inner, width, width, inner) for up, down in packed):
+        raise ValueError(f"every expert needs an up of [{inner}, {width}] and a down of [{width}, {inner}]")
     if inner % TILE or width % TILE:
         raise ValueError(f"experts need widths that are multiples of {TILE}; got {width} and {inner}")
     records = (MLP * len(packed))(*(MLP(up.record, down.record) for up, down in packed))
@@ -106,8 +108,8 @@ def experts(
         raise ValueError(f"{count} experts of width {packed.width}; got x, chosen and weights of {shapes}")
     if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < count:
         raise IndexError(f"{count} experts; {int(chosen.min())} to {int(chosen.max())} were chosen")
-    by_expert = torch.zeros(len(x), count).scatter_add_(1, chosen, weights.detach().float())
-    x, y = x.detach().float().contiguous(), torch.empty(x.shape)
+    by_expert = floats(len(x), count).zero_().scatter_add_(1, chosen, weights.detach().float())
+    x, y = x.detach().float().contiguous(), floats(*x.shape)
     record = ctypes.byref(packed.record)
     if library.experts(record, pointer(x), len(x), packed.width, pointer(by_expert), pointer(y), threads):
         raise MemoryError(f"no memory for {len(x)} rows of {packed.width}")

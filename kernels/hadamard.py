@@ -51,7 +51,7 @@ def transform_plain(x: Tensor, size: int = 16, seed: int = 0, inverse: bool = Fa
 @functools.lru_cache(maxsize=16)
 def matrix(size: int, seed: int = 0) -> Tensor:
     """float32[size, size], of one of SIZES: diag(signs) H / sqrt(size). Its transpose is its inverse."""
-    found = torch.ones(1, 1)
+    found = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     while len(found) < size:
         found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
     return signs(size, seed)[:, None] * found / math.sqrt(size)
@@ -61,8 +61,9 @@ def matrix(size: int, seed: int = 0) -> Tensor:
 def signs(size: int, seed: int = 0) -> Tensor:
     """float32[size] of 1 and -1, drawn by `seed` (0: all 1)."""
     if not seed:
-        return torch.ones(size)
-    return torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
+        return torch.ones(size, dtype=torch.float32, device="cpu")
+    drawn = torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(seed), device="cpu")
+    return drawn.to(torch.float32) * 2 - 1
 
 
 def check(x: Tensor, size: int) -> None:

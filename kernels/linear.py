@@ -11,7 +11,7 @@ from torch import Tensor
 from palaestra.kernels import fp8, native, nvfp4
 from palaestra.kernels.fp8 import FP8
 from palaestra.kernels.memory import Arena
-from palaestra.kernels.native import KINDS, TILE, Library, Matrix, pointer
+from palaestra.kernels.native import KINDS, TILE, Library, Matrix, floats, pointer
 from palaestra.kernels.nvfp4 import NVFP4
 
 Weight = NVFP4 | FP8 | Tensor
@@ -80,7 +80,7 @@ def linear(library: Library, x: Tensor, weight: Packed, threads: int = 1, int8: 
         raise ValueError("int8 activations need an NVFP4 weight")
     x = x.detach() if x.dtype == torch.bfloat16 and not int8 else x.detach().float()
     flat = x.reshape(-1, weight.columns).contiguous()
-    y = torch.empty(len(flat), weight.record.tiles * TILE)
+    y = floats(len(flat), weight.record.tiles * TILE)
     kind = native.INT8 if int8 else KINDS[flat.dtype]
     if library.multiply(ctypes.byref(weight.record), pointer(flat), kind, len(flat), pointer(y), threads):
         raise MemoryError(f"no memory for a product with {len(flat)} rows of {weight.columns}")

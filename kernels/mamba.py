@@ -92,8 +92,13 @@ def scan(
     x float[B, L, H, P]; dt float[B, L, H], 0 where a token must change no state (padding); a float[H] (negative);
     b, c float[B, L, G, N]; d float[H]; state float[B, H, P, N], the first (None: zeros); starts bool[B, L] marks tokens
     before which the state becomes zero again, where a row holds several sequences; chunk: of the plain version.
-    Returns y float[B, L, H, P] and the last state. All floats have gradients.
+    Returns y float[B, L, H, P] and the last state. All floats have gradients. Raises ValueError for no tokens, and for
+    heads that the groups do not divide.
     """
+    if not x.shape[1] or x.shape[2] % b.shape[2]:
+        raise ValueError(
+            f"a token at least, and as many heads for every group; got x {list(x.shape)}, b {list(b.shape)}"
+        )
     tensors = [x, dt, a, b, c, d, *([] if state is None else [state])]
     if _native(tensors, x.shape[-1], b.shape[-1]):
         y, last = mamba_native.scan(x, dt, a, b, c, d, state, starts)
@@ -131,11 +136,14 @@ def convolve_plain(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | Non
 
 
 def gated_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
-    """weight * y silu(z) / rms over each of `groups` equal parts: y and gate z float[B, L, W], weight float[W] -> the
-    same."""
+    """weight * y silu(z) / rms over each of `groups` equal parts: y and gate z float[..., W], weight float[W] -> the
+    same. Raises ValueError for a width that the groups do not divide."""
+    if y.shape[-1] % groups:
+        raise ValueError(f"{groups} groups do not divide a width of {y.shape[-1]}")
     if _native([y, z, weight], y.shape[-1] // groups):
-        result: Tensor = mamba_native.gated_norm(y, z, weight, groups, eps)
-        return result
+        rows = [tensor if tensor.dim() == 3 else tensor.reshape(1, -1, tensor.shape[-1]) for tensor in (y, z)]
+        result: Tensor = mamba_native.gated_norm(*rows, weight, groups, eps)
+        return result.view(y.shape)
     return gated_norm_plain(y, z, weight, groups, eps)
 
 
@@ -204,19 +212,22 @@ class Slots:
             raise ValueError(f"states are kept in {', '.join(map(str, STATES))}; got {dtype}")
         kernel, width = mixer.conv.shape
         states = Arena().zeros((count, mixer.heads, mixer.dim, mixer.state), dtype)
-        return cls(torch.zeros(count, kernel - 1, width), states)
+        return cls(torch.zeros(count, kernel - 1, width, dtype=torch.float32, device="cpu"), states)
 
 
 def step(mixer: Mixer, parts: Tensor, slots: Slots, rows: Tensor, seed: int = 0) -> Tensor:
     """One token each of conversations: convolution, recurrence, gate and norm.
 
     parts float32[n, H P + W + H], z, x B C and dt of the input projection; rows int64[n], the conversations' slots, all
-    different, which are brought forward. Returns float32[n, H P]. Raises IndexError for a slot that there is not.
+    different, which are brought forward. Returns float32[n, H P]. Raises IndexError for a slot that there is not,
+    ValueError for parts of another shape.
 
     States of 16 bits are rounded stochastically, up with the probability of the part that is cut off, by a hash of the
     seed, the slot and the place: small changes are kept on average. y is of the state before it is rounded. float16
     ends at +-65504.
     """
+    if parts.shape != (len(rows), mixer.width + len(mixer.conv_bias) + mixer.heads):
+        raise ValueError(f"{len(rows)} rows, and parts of {list(parts.shape)}")
     at = rows.tolist()
     if at and not 0 <= min(at) <= max(at) < len(slots.states):
         raise IndexError(f"rows from 0 to {len(slots.states) - 1}; got {at}")

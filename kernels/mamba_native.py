@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from palaestra.kernels import native
-from palaestra.kernels.native import KINDS, pointer
+from palaestra.kernels.native import KINDS, floats, pointer
 from palaestra.kernels.registered import differentiate, register
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _scan(
     starts: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See mamba.scan."""
-    y, last = torch.empty(x.shape), torch.empty(x.shape[0], *x.shape[2:], b.shape[-1])
+    y, last = floats(*x.shape), floats(x.shape[0], *x.shape[2:], b.shape[-1])
     record, _kept = _scan_record((x, dt, a, b, c, d, state, starts), {"y": y, "last": last})
     _call("scan_forward", record)
     return y, last
@@ -107,10 +107,10 @@ def _scan_backward(
     """The gradients of x, dt, a, b, c, d and the first state (empty, if that is None)."""
     batch, heads = x.shape[0], x.shape[2]
     shares = _shares(heads, b.shape[2])
-    dx, ddt = torch.empty(x.shape), torch.empty(dt.shape)
-    da, dd = torch.empty(batch, heads), torch.empty(batch, heads)
-    db, dc = torch.empty(shares, *b.shape), torch.empty(shares, *b.shape)
-    dstate = torch.empty(0 if state is None else state.shape)
+    dx, ddt = floats(*x.shape), floats(*dt.shape)
+    da, dd = floats(batch, heads), floats(batch, heads)
+    db, dc = floats(shares, *b.shape), floats(shares, *b.shape)
+    dstate = floats(*(0,) if state is None else state.shape)
     found = {"dx": dx, "ddt": ddt, "da": da, "db": db, "dc": dc, "dd": dd, "dinitial": dstate}
     given = {**_contiguous(dy=dy, dlast=dlast), **found}
     record, _kept = _scan_record((x, dt, a, b, c, d, state, starts), given)
@@ -163,7 +163,7 @@ def _convolution_record(
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None) -> Tensor:
     """See mamba.convolve."""
-    y = torch.empty(x.shape)
+    y = floats(*x.shape)
     record, _kept = _convolution_record(x, weight, bias, starts, {"y": y})
     _call("convolution_forward", record)
     return y
@@ -173,7 +173,7 @@ def _convolve_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     width, kernel = weight.shape
-    dx, dweight = torch.empty(x.shape), torch.empty(len(x), kernel + 1, width)
+    dx, dweight = floats(*x.shape), floats(len(x), kernel + 1, width)
     given = {**_contiguous(dy=dy), "dx": dx, "dweight": dweight}
     record, _kept = _convolution_record(x, weight, bias, starts, given)
     _call("convolution_backward", record)
@@ -213,7 +213,7 @@ def _gate_record(y: Tensor, z: Tensor, weight: Tensor, form: tuple[int, float], 
 
 def _gated_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
     """See mamba.gated_norm."""
-    out = torch.empty(y.shape)
+    out = floats(*y.shape)
     record, _kept = _gate_record(y, z, weight, (groups, eps), {"out": out})
     _call("gate_forward", record)
     return out
@@ -222,8 +222,8 @@ def _gated_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -
 def _gated_norm_backward(
     dout: Tensor, y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dy, dz = torch.empty(y.shape), torch.empty(z.shape)
-    dweight = torch.empty(-(-y.numel() // len(weight) // GATE_ROWS), len(weight))
+    dy, dz = floats(*y.shape), floats(*z.shape)
+    dweight = floats(-(-y.numel() // len(weight) // GATE_ROWS), len(weight))
     given = {**_contiguous(dout=dout), "dy": dy, "dz": dz, "dweight": dweight}
     record, _kept = _gate_record(y, z, weight, (groups, eps), given)
     _call("gate_backward", record)
@@ -268,7 +268,7 @@ def mixer_record(mixer: Mixer) -> native.Mamba:
 
 def step(mixer: Mixer, parts: Tensor, slots: Slots, rows: Tensor, seed: int) -> Tensor:
     """See mamba.step."""
-    parts, rows, y = parts.contiguous(), rows.contiguous(), torch.empty(len(parts), mixer.width)
+    parts, rows, y = parts.contiguous(), rows.long().contiguous(), floats(len(parts), mixer.width)
     call = native.MambaStep(
         ctypes.addressof(mixer.record),
         *(pointer(tensor) for tensor in (parts, y, rows, slots.windows, slots.states)),

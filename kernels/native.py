@@ -278,6 +278,11 @@ def library() -> Library | None:
     return Library(FILE, wanted)
 
 
+def floats(*shape: int) -> Tensor:
+    """Room for float32 that C writes, on the CPU whatever PyTorch's defaults are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def pointer(tensor: Tensor) -> int:
     """Where a contiguous tensor's first value lies."""
     assert tensor.is_contiguous()

@@ -139,7 +139,7 @@ class NativeDecoder:
                 f"attention cache holds {cache.capacity} tokens a row; {int(lengths.max()) + 1} are needed"
             )
         stride = self._model.head.tiles * TILE
-        logits = torch.empty(int(wanted.sum()), stride)
+        logits = native.floats(int(wanted.sum()), stride)
         tensors = [pointer(tensor) for tensor in (ids, rows, lengths, wanted, logits)]
         batch = native.Batch(*tensors, len(ids), stride)
         records = ctypes.byref(self._model), ctypes.byref(self._cache(cache)), ctypes.byref(batch)

@@ -95,3 +95,17 @@ def test_fp8_is_cut_off_at_its_largest():
     append(pages, torch.full((1, 1, 16), -1e6), torch.full((1, 1, 16), 1e6), torch.tensor([0]))
     assert attend_plain(torch.zeros(1, 1, 16), pages, torch.tensor([1])).unique().tolist() == [224.0]
     assert pages.keys.float().min() == -448
+
+
+def test_many_conversations_an_empty_batch_and_tables_of_another_dtype():
+    of, count = Library(FILE, None), 9000
+    pages = Pages(torch.randn(3, 8, 4, 16), torch.randn(3, 8, 4, 16), torch.arange(count)[:, None] % 3)
+    q, lengths = torch.randn(count, 8, 16), torch.arange(count).int() % 5
+    found = attend(of, q, pages, lengths, threads=2)
+    assert torch.equal(found[:40], attend(of, q[:40], Pages(pages.keys, pages.values, pages.table[:40]), lengths[:40]))
+    torch.testing.assert_close(
+        found[:40], attend_plain(q[:40], Pages(pages.keys, pages.values, pages.table[:40]), lengths[:40])
+    )
+    assert attend(of, q[:0], pages, lengths[:0]).shape == (0, 8, 16)
+    with pytest.raises(ValueError, match="do not fit each other"):
+        attend(of, q[:2], pages, lengths[:2])

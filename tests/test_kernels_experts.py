@@ -100,5 +100,7 @@ def test_weights_of_0_are_nothing_and_what_does_not_fit_is_refused():
         experts(of, torch.zeros(3, 32), first, torch.zeros(3, 1), packed)
     with pytest.raises(IndexError, match="2 experts; 2 to 2 were chosen"):
         experts(of, torch.zeros(3, 16), first + 2, torch.ones(3, 1), packed)
+    with pytest.raises(ValueError, match=r"every expert needs an up of \[32, 16\] and a down of \[16, 32\]"):
+        pack_experts(of, [(torch.zeros(32, 16), torch.zeros(16, 32)), (torch.zeros(48, 16), torch.zeros(16, 48))])
     with pytest.raises(ValueError, match="multiples of 16; got 16 and 24"):
         pack_experts(of, [(torch.zeros(24, 16), torch.zeros(16, 24))])

@@ -433,3 +433,21 @@ def test_a_float16_state_stays_finite():
 def test_other_states_are_refused():
     with pytest.raises(ValueError, match=r"states are kept in torch\.float32, .*; got torch\.float64"):
         Slots.empty(mixer(), 1, torch.float64)
+
+
+def test_other_default_dtypes_and_shapes_change_nothing_or_are_refused():
+    y, z, weight = torch.randn(5, 64), torch.randn(5, 80)[:, 8:72], torch.randn(64)
+    torch.testing.assert_close(mamba.gated_norm(y, z, weight, 2, 1e-5), mamba.gated_norm_plain(y, z, weight, 2, 1e-5))
+    with pytest.raises(ValueError, match="3 groups do not divide a width of 64"):
+        mamba.gated_norm(y, z, weight, 3, 1e-5)
+    x, dt, a, b = torch.randn(1, 4, 3, 16), torch.rand(1, 4, 3), -torch.rand(3), torch.randn(1, 4, 1, 16)
+    expected = mamba.scan(x, dt, a, b, b, torch.ones(3))[0]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(mamba.scan(x, dt, a, b, b, torch.ones(3, dtype=torch.float32))[0], expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with pytest.raises(ValueError, match="as many heads for every group"):
+        mamba.scan(x, dt, a, b.expand(1, 4, 2, 16), b.expand(1, 4, 2, 16), torch.ones(3))
+    with pytest.raises(ValueError, match="a token at least"):
+        mamba.scan(x[:, :0], dt[:, :0], a, b[:, :0], b[:, :0], torch.ones(3))

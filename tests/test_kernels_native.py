@@ -358,7 +358,7 @@ def test_a_decode_step_is_that_of_float64_whatever_lay_in_its_memory(tier, name,
         ids = torch.randint(config.vocab_size, (3,))
         expected = model.logits(model(ids[:, None], None, theirs)[:, 0])
         with monkeypatch.context() as patched:
-            patched.setattr(torch, "empty", lambda *shape: torch.full(shape, torch.nan))
+            patched.setattr(torch, "empty", lambda shape, **how: torch.full(shape, torch.nan, **how))
             found = step.step(ids, rows, ours)
         assert expected.dtype == torch.float64
         assert (found - expected).norm() <= 1e-5 * expected.norm()

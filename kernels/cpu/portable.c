@@ -80,7 +80,8 @@ INLINE void store_float16(uint16_t *to, vec values) {
         const int32_t bits = ((ivec)values)[lane], size = bits & 0x7fffffff;
         const int32_t normal = ((size < 0x477fe000 ? size : 0x477fe000) >> 13) - (112 << 10);
         const int32_t subnormal = size < 0x38800000 ? (int32_t)(fabsf(values[lane]) * 0x1p24f) : 0;
-        to[lane] = (uint16_t)((bits >> 16 & 0x8000) | (size < 0x38800000 ? subnormal : normal));
+        const int32_t beyond = size > 0x7f800000 ? 0x7e00 : 0x7c00; /* NaN, infinity */
+        to[lane] = (uint16_t)((bits >> 16 & 0x8000) | (size < 0x38800000 ? subnormal : size < 0x7f800000 ? normal : beyond));
     }
 }
 

@@ -87,7 +87,7 @@ static void gather(long wanted) {
 }
 
 void spread(piece function, void *work, long pieces, long threads) {
-    if (pieces < 2 || threads < 2 || pthread_mutex_trylock(&team.used)) {
+    if (pieces < 2 || threads < 2 || pieces > PIECES_MOST || pthread_mutex_trylock(&team.used)) {
         for (long index = 0; index < pieces; index++) function(work, index, 0);
         return;
     }
