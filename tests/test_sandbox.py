@@ -31,6 +31,16 @@ ALL = [*ISOLATING, "process"]
 IMAGE = {**IMAGES, "process": images.HOST}
 
 
+def end(init: int) -> None:
+    """Kill a box's first process, and wait until it is dead, and with it all others."""
+    os.kill(init, 9)
+    deadline = time.monotonic() + 10
+    with suppress(FileNotFoundError):
+        while Path(f"/proc/{init}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+
 @pytest.fixture(params=ALL)
 async def backend(request):
     with pytest.warns(UserWarning, match="isolates nothing") if request.param == "process" else nullcontext():
@@ -679,7 +689,7 @@ async def test_init_is_not_ended_from_inside(native, how):
 
 async def test_a_box_that_this_machine_kills_is_its_failure(native):
     box = await native.create(images.HOST, SMALL)
-    os.kill(box.init, 9)
+    end(box.init)
     with pytest.raises(Failure, match="killed from outside"):
         await box.exec("echo alive", 10)
     with pytest.raises(Failure, match="killed from outside"):
@@ -731,7 +741,7 @@ async def test_a_group_that_is_used_again_excuses_nobody_and_harbours_nobody(nat
     box = await native.create(images.HOST, SMALL)
     assert box._group is first
     assert len(await box.processes()) <= 3
-    os.kill(box.init, 9)
+    end(box.init)
     with pytest.raises(Failure, match="killed from outside"):
         await box.exec("true", 5)
     await box.destroy()
