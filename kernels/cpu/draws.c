@@ -22,7 +22,7 @@ static void draws_piece(void *work, long index, long thread) {
    distribution at that temperature, or the largest at temperature 0; and its log-probability. Returns as decode. */
 EXPORT int palaestra_draw(const float *logits, long stride, long width, long count, const float *temperatures,
                           const double *uniforms, int64_t *ids, float *logprobs, long threads) {
-    const long seats = threads < 1 ? 1 : threads < THREADS_MOST ? threads : THREADS_MOST;
+    const long seats = seats_of(threads);
     const long pieces = seats == 1 ? 1 : seats * PIECES < count ? seats * PIECES : count;
     float *scratch = malloc(seats * width * sizeof(float));
     struct draws d = {logits, temperatures, uniforms, ids, logprobs, scratch, stride, width, count, pieces};

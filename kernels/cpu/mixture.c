@@ -43,7 +43,7 @@ static long listed(const struct moe *m, const float *weights, long rows, int32_t
    experts whatever the number of threads. Returns 0, or 1 where memory for it cannot be had. */
 EXPORT int palaestra_experts(const struct moe *m, const float *x, long rows, long width, const float *weights, float *y,
                              long threads) {
-    const long seats = threads < 1 ? 1 : threads < THREADS_MOST ? threads : THREADS_MOST;
+    const long seats = seats_of(threads);
     int32_t *lists = malloc((rows * m->count + 2 * m->count + 1) * sizeof *lists);
     struct mixture w;
     long most;

@@ -24,7 +24,7 @@ static void attending_piece(void *work, long index, long thread) { /* some heads
    1 where memory for it cannot be had. */
 EXPORT int palaestra_attend(const struct pages *p, const float *q, const int64_t *lengths, long count, float *y,
                             long threads) {
-    const long seats = threads < 1 ? 1 : threads < THREADS_MOST ? threads : THREADS_MOST;
+    const long seats = seats_of(threads);
     long longest = 0;
     for (long i = 0; i < count; i++) longest = lengths[i] > longest ? lengths[i] : longest;
     const long all = count * p->kv_heads, pieces = seats * PIECES < all ? seats * PIECES : all;

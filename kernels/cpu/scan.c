@@ -19,7 +19,7 @@ static void parts_piece(void *work, long index, long thread) {
 
 /* Returns 0, or 1 where memory for it cannot be had: `room` floats a thread. */
 static int share_out(part function, const void *work, long count, long room, long threads) {
-    const long seats = threads < 1 ? 1 : threads < THREADS_MOST ? threads : THREADS_MOST;
+    const long seats = seats_of(threads);
     struct parts p = {work, function, NULL, padded(room), count, seats * PIECES < count ? seats * PIECES : count};
     if (posix_memalign((void **)&p.scratch, 64, seats * p.room * sizeof(float))) return 1;
     spread(parts_piece, &p, p.pieces, seats);

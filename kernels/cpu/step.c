@@ -72,7 +72,7 @@ static long longest_piece(const struct batch *batch, long pieces) {
 
 /* The batch's tokens through all layers. Returns 0, or 1 where memory for it cannot be had. */
 EXPORT int palaestra_decode(const struct model *model, const struct cache *cache, const struct batch *batch, long threads) {
-    const long count = batch->count, seats = threads < 1 ? 1 : threads < THREADS_MOST ? threads : THREADS_MOST;
+    const long count = batch->count, seats = seats_of(threads);
     long pieces = seats < count ? seats : count, length = 0;
     if (!count) return 0;
     if (seats > 1 && count >= 2 * pieces * TOGETHER)
