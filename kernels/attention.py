@@ -38,6 +38,8 @@ class Pages:
 def append(pages: Pages, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
     """Write keys and values float [B, kv heads, dim] of one more token of every conversation, whose lengths before are
     int64[B]; rounded to nearest, and for FP8 cut off at 448 times the scale. Raises IndexError for a full table."""
+    if not len(lengths):
+        return
     _check(pages, lengths + 1)
     page, place = pages.places(lengths)
     for room, new, scale in ((pages.keys, keys, pages.key_scale), (pages.values, values, pages.value_scale)):
@@ -86,6 +88,8 @@ def attend(library: Library, q: Tensor, pages: Pages, lengths: Tensor, threads: 
 
 def attend_plain(q: Tensor, pages: Pages, lengths: Tensor) -> Tensor:
     """What `attend` computes, in PyTorch and the dtype of q."""
+    if not len(q):
+        return q
     _check(pages, lengths)
     found = []
     for row, table, length in zip(q, pages.table.long(), lengths.tolist(), strict=True):

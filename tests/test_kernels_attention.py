@@ -106,6 +106,10 @@ def test_many_conversations_an_empty_batch_and_tables_of_another_dtype():
     torch.testing.assert_close(
         found[:40], attend_plain(q[:40], Pages(pages.keys, pages.values, pages.table[:40]), lengths[:40])
     )
-    assert attend(of, q[:0], pages, lengths[:0]).shape == (0, 8, 16)
+    for nobody in (attend(of, q[:0], pages, lengths[:0]), attend_plain(q[:0], pages, lengths[:0])):
+        assert nobody.shape == (0, 8, 16)
+    before = pages.keys.clone()
+    append(Pages(pages.keys, pages.values, pages.table[:0]), q[:0], q[:0], lengths[:0])
+    assert torch.equal(pages.keys, before)
     with pytest.raises(ValueError, match="do not fit each other"):
         attend(of, q[:2], pages, lengths[:2])
