@@ -28,7 +28,7 @@ def foreign(model: Hybrid) -> Any:
 
     transformers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder) / "model", model)
+        save(model, Path(folder) / "model")
         theirs = transformers.NemotronHForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32)
     return theirs.eval()
 

@@ -46,6 +46,6 @@ class Attention(nn.Module):
         rows = torch.arange(len(past), device=q.device)[:, None]
         state[0][rows, :, at] = k.transpose(1, 2)
         state[1][rows, :, at] = v.transpose(1, 2)
-        keys, values = state[0][:, :, :total], state[1][:, :, :total]
+        keys, values = (part[:, :, :total].to(q.dtype) for part in state)
         mask = torch.arange(total, device=q.device) <= at[:, None, :, None]
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)

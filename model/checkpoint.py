@@ -1,41 +1,55 @@
-"""Checkpoint folders: config.json and model.safetensors, in the layout of published Nemotron-H checkpoints."""
+"""Checkpoint folders: config.json and safetensors files, in the layout of published Nemotron-H checkpoints."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from palaestra.model.config import ModelConfig
+from palaestra.model.layers import stays_float32
 from palaestra.model.network import Hybrid
+from palaestra.model.shards import SHARD, WEIGHTS, CheckpointError, Named, Shards, write
+from palaestra.model.stored import names, values, weight
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+CONFIG = "config.json"
 ASSETS = Path(str(files("palaestra.trainer").joinpath("assets")))
 """Where the checkpoints that ship lie."""
 
 
-class CheckpointError(Exception):
-    """A checkpoint cannot be used; the text names the file, what is wrong and what to do."""
+def save(
+    model: Hybrid, folder: Path, tokenizer_hash: str = "", dtype: torch.dtype | None = None, shard: int = SHARD
+) -> None:
+    """Write a checkpoint folder, whole or not at all. Raises OSError naming the folder (a full disk, say).
+
+    dtype: of matrices (None: as they are), the router's aside, which stay float32 like all vectors; shard: bytes of
+    tensors in a file, more than which are not held beside the model.
+    """
+    tensors = ((name, _stored(name, tensor, dtype)) for name, tensor in model.state_dict().items())
+    config = {**model.config.to_hf(), "torch_dtype": _name(dtype or model.lm_head.weight.dtype)}
+    write_folder(folder, config, tensors, tokenizer_hash, shard)
 
 
-def save(folder: Path, model: Hybrid, tokenizer_hash: str = "", dtype: torch.dtype = torch.float32) -> None:
-    """Write a checkpoint folder, whole or not at all; `dtype` is that of matrices, the router's aside, which stay
-    float32 like all vectors. Raises OSError naming the folder (a full disk, say)."""
+def write_folder(
+    folder: Path, config: dict[str, Any], tensors: Iterable[Named], tokenizer_hash: str = "", shard: int = SHARD
+) -> None:
+    """Write config.json and tensors as they come, whole or not at all. Raises OSError naming the folder."""
     staged = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
     try:
         staged.mkdir(parents=True)
-        tensors = {name: _stored(name, tensor, dtype) for name, tensor in model.state_dict().items()}
-        save_file(tensors, staged / WEIGHTS, metadata={"format": "pt", "tokenizer_sha256": tokenizer_hash})
-        config = {**model.config.to_hf(), "tokenizer_sha256": tokenizer_hash}
+        write(staged, tensors, {"tokenizer_sha256": tokenizer_hash}, shard)
+        config = {**config, "tokenizer_sha256": tokenizer_hash}
         (staged / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
         _sync(staged)
     except (OSError, SafetensorError) as error:
@@ -43,6 +57,9 @@ def save(folder: Path, model: Hybrid, tokenizer_hash: str = "", dtype: torch.dty
         raise OSError(
             f"cannot write checkpoint {folder}: {error}; free space there or choose another folder"
         ) from error
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
     replace(folder, staged)
 
 
@@ -57,29 +74,77 @@ def locate(reference: str) -> Path:
     return folder if (folder / WEIGHTS).exists() else Path(reference)
 
 
-def load(folder: Path) -> Hybrid:
-    """Read a checkpoint folder. Raises CheckpointError."""
-    try:
-        config = ModelConfig.from_hf(folder / CONFIG)
-    except (OSError, ValueError, ValidationError, KeyError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: {error}; give the folder of a checkpoint") from error
-    model = Hybrid(config)
-    try:
-        model.load_weights(load_file(folder / WEIGHTS).items())
-    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS} is missing or damaged ({error}); write or fetch it anew") from error
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Hybrid:
+    """Read a checkpoint folder: bf16, float32, and what is in NVFP4 or FP8, dequantised.
+
+    `dtype` is that of matrices, as in `Hybrid.empty`. No more than the model and one tensor is held. Raises
+    CheckpointError naming file and tensor.
+    """
+    config = read_config(folder)
+    with Shards(folder) as shards:
+        model = Hybrid.empty(_with_what_is_there(folder, config, shards), dtype)
+        wanted = model.state_dict()
+        _compare(folder, shards, set(wanted))
+        for name, to in wanted.items():
+            kept = values(weight(shards, name))
+            if kept.shape != to.shape:
+                raise CheckpointError(
+                    f"{shards.path(name)}: {name} is {list(kept.shape)}, where {CONFIG} asks for {list(to.shape)}"
+                )
+            to.copy_(kept)
     return model
 
 
-def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    kept = tensor.dim() < 2 or ".gate." in name
-    return tensor.to(torch.float32 if kept else dtype, copy=True).contiguous()
+def _with_what_is_there(folder: Path, config: ModelConfig, shards: Shards) -> ModelConfig:
+    """transformers saves no prediction head, and leaves it in the configuration."""
+    if not config.num_nextn_predict_layers or any(name.startswith("mtp.") for name in shards):
+        return config
+    warnings.warn(f"{folder} has lost its multi-token-prediction head; it is loaded without", stacklevel=3)
+    return config.model_copy(update={"num_nextn_predict_layers": 0})
+
+
+def _compare(folder: Path, shards: Shards, wanted: set[str]) -> None:
+    """Raises CheckpointError where the folder lacks a weight, or has one that the network does not know."""
+    found = set(names(shards))
+    missing, strange = sorted(wanted - found), sorted(found - wanted)
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {missing[0]}{_more(missing)} is missing, which {CONFIG} asks for; fetch the folder anew"
+        )
+    if strange:
+        raise CheckpointError(
+            f"{folder}: {strange[0]}{_more(strange)} has no place in the network that {CONFIG} describes"
+        )
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The folder's config.json. Raises CheckpointError."""
+    try:
+        return ModelConfig.from_hf(folder / CONFIG)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip()
+        raise CheckpointError(f"{folder / CONFIG}: {what}") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}; give the folder of a checkpoint") from error
+
+
+def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(torch.float32 if stays_float32(name, tensor) else dtype or tensor.dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def tokenizer_hash(folder: Path) -> str:
     """The hash of the tokenizer that the checkpoint was trained with; empty where none is recorded."""
-    with safe_open(str(folder / WEIGHTS), framework="pt") as file:
-        return str((file.metadata() or {}).get("tokenizer_sha256", ""))
+    with Shards(folder) as shards:
+        return shards.metadata.get("tokenizer_sha256", "")
 
 
 def replace(folder: Path, staged: Path) -> None:

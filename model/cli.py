@@ -26,7 +26,7 @@ def create(
 
     torch.manual_seed(seed)
     model = Hybrid(find(preset))
-    save(output, model, Tokenizer.load().sha256)
+    save(model, output, Tokenizer.load().sha256)
     typer.echo(f"{output}: {preset}, {sum(p.numel() for p in model.parameters()):,} parameters, seed {seed}")
 
 
@@ -40,17 +40,18 @@ def convert(
     import torch
 
     from palaestra.model import checkpoint
+    from palaestra.model.shards import CheckpointError
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     try:
         if dtype not in dtypes:
-            raise checkpoint.CheckpointError(f"--dtype {dtype!r}: choose one of {', '.join(dtypes)}")
+            raise CheckpointError(f"--dtype {dtype!r}: choose one of {', '.join(dtypes)}")
         model = checkpoint.load(folder)
-        checkpoint.save(output, model, checkpoint.tokenizer_hash(folder), dtypes[dtype])
-    except (checkpoint.CheckpointError, OSError) as error:
+        checkpoint.save(model, output, checkpoint.tokenizer_hash(folder), dtypes[dtype])
+    except (CheckpointError, OSError) as error:
         typer.echo(f"model convert: {error}", err=True)
         raise typer.Exit(1) from None
-    typer.echo(f"{output}: {(output / checkpoint.WEIGHTS).stat().st_size:,} bytes")
+    typer.echo(f"{output}: {sum(file.stat().st_size for file in output.iterdir()):,} bytes")
 
 
 @app.command()

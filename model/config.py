@@ -14,13 +14,18 @@ QUANTISED = ("*.experts.up_proj", "*.experts.down_proj", "*.shared_experts.*", "
 FIXED = {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "tie_word_embeddings": False, "use_conv_bias": True,
          "n_shared_experts": 1, "use_bias": False, "mlp_bias": False, "mamba_proj_bias": False}  # fmt: skip
 LETTERS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
+WORDS = {word: letter for letter, word in LETTERS.items()} | {"mamba": "M", "attention": "*"}
+"""Layer kinds as transformers spells them, newer and older."""
+DEPTHS = 2
+"""How many tokens ahead of the next one the multi-token-prediction head is trained to see, unless a file says so."""
 
 
 class ModelConfig(BaseModel):
     """Shapes of a model. `hybrid_override_pattern`: M Mamba-2, * attention, E LatentMoE, - MLP, a letter a layer.
 
-    `nvfp4`: patterns of module names whose weights are quantised. `hf_dt_clamp`: clamp Mamba's time step from below as
-    transformers' prefill does (its own decoding does not); for parity tests.
+    `num_nextn_predict_layers`: multi-token-prediction blocks, 0 or 1; the one is applied again at every depth, of which
+    `mtp_depths` are trained. `nvfp4`: patterns of module names whose weights are quantised. `hf_dt_clamp`: clamp
+    Mamba's time step from below as transformers' prefill does (its own decoding does not); for parity tests.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -57,16 +62,20 @@ class ModelConfig(BaseModel):
     bos_token_id: int = 0
     eos_token_id: int = 1
     pad_token_id: int = 0
+    num_nextn_predict_layers: int = Field(default=0, ge=0, le=1)
+    mtp_hybrid_override_pattern: str = "*E"
+    mtp_depths: int = Field(default=DEPTHS, ge=1)
     hf_dt_clamp: bool = False
     nvfp4: tuple[str, ...] = QUANTISED
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
-        strange = sorted(set(self.hybrid_override_pattern) - set(LETTERS))
-        if strange or not self.hybrid_override_pattern:
-            raise ValueError(
-                f"hybrid_override_pattern {self.hybrid_override_pattern!r}: use the letters {', '.join(LETTERS)}"
-            )
+        for key in ("hybrid_override_pattern", "mtp_hybrid_override_pattern"):
+            pattern = getattr(self, key)
+            if set(pattern) - set(LETTERS) or not pattern:
+                raise ValueError(f"{key} {pattern!r}: use the letters {', '.join(LETTERS)}")
+        if "M" in self.mtp_hybrid_override_pattern:
+            raise ValueError("mtp_hybrid_override_pattern: a prediction block has no Mamba layers")
         if self.num_attention_heads % self.num_key_value_heads or self.mamba_num_heads % self.n_groups:
             raise ValueError("attention heads must divide by KV heads, and Mamba heads by n_groups")
         return self
@@ -82,8 +91,8 @@ class ModelConfig(BaseModel):
         return self.mamba_width + 2 * self.n_groups * self.ssm_state_size
 
     def quantises(self, module: str) -> bool:
-        """Whether the module of that name runs on NVFP4 weights."""
-        return any(fnmatchcase(module, pattern) for pattern in self.nvfp4)
+        """Whether the module of that name runs on NVFP4 weights; the prediction head never does."""
+        return not module.startswith("mtp.") and any(fnmatchcase(module, pattern) for pattern in self.nvfp4)
 
     def to_hf(self) -> dict[str, Any]:
         """config.json in the legacy style, which transformers, vLLM and remote-code readers all parse."""
@@ -103,10 +112,20 @@ class ModelConfig(BaseModel):
         Raises ValueError for what this network lacks.
         """
         raw = json.loads(path.read_text())
-        if "hybrid_override_pattern" not in raw and "layers_block_type" in raw:
-            letters = {word: letter for letter, word in LETTERS.items()} | {"mamba": "M", "attention": "*"}
-            raw["hybrid_override_pattern"] = "".join(letters[word] for word in raw["layers_block_type"])
+        for key, words in (
+            ("hybrid_override_pattern", "layers_block_type"),
+            ("mtp_hybrid_override_pattern", "mtp_layers_block_type"),
+        ):
+            if raw.get(key) is None and raw.get(words):
+                raw[key] = "".join(_letter(word, words) for word in raw[words])
         unlike = sorted(key for key, value in FIXED.items() if raw.get(key, value) != value)
         if unlike:
             raise ValueError(f"this network has no {', '.join(f'{key} = {raw[key]!r}' for key in unlike)}")
         return cls(**raw)
+
+
+def _letter(word: str, key: str) -> str:
+    """A layer kind's letter. Raises ValueError for one that this network lacks."""
+    if word not in WORDS:
+        raise ValueError(f"{key} has {word!r}, which is none of {', '.join(WORDS)}")
+    return WORDS[word]

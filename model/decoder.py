@@ -77,7 +77,7 @@ class PlainDecoder:
     def step(self, ids: Tensor, rows: Tensor, cache: Cache) -> Tensor:
         """See Decoder.step."""
         work = cache.select(rows, int(cache.lengths[rows].max()) + 1)
-        logits = self._model.logits(self._model(ids[:, None], None, work)[:, 0])
+        logits: Tensor = self._model(ids[:, None], None, work)[:, 0]
         cache.write(rows, work)
         return logits
 
@@ -88,7 +88,7 @@ class PlainDecoder:
         ids = torch.tensor([[*new, *[0] * (longest - len(new))] for new in news])
         lengths, at = torch.tensor([len(new) for new in news]), torch.tensor(rows)
         work = cache.select(at, min(int(cache.lengths[at].max()) + longest, cache.capacity))
-        self._model(ids, lengths, work)
+        self._model.hidden(ids, lengths, work)
         cache.write(at, work)
 
 

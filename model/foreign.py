@@ -52,7 +52,7 @@ class Foreign(nn.Module):
         model._check_head(path)
         return model
 
-    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+    def hidden(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Hidden states float32[B, L, hidden] of right-padded ids int64[B, L]; lengths int64[B]."""
         seen = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         result: Tensor = self.inner.base_model(input_ids=ids, attention_mask=seen, use_cache=False).last_hidden_state
@@ -101,6 +101,6 @@ class Foreign(nn.Module):
         """Refuse a network that does more to its hidden states than its output matrix (a soft cap on logits, say)."""
         ids = torch.arange(8)[None] + 3
         whole = self.inner(input_ids=ids).logits.float()
-        ours = self.logits(self(ids, torch.tensor([8])))
+        ours = self.logits(self.hidden(ids, torch.tensor([8])))
         if not torch.allclose(whole, ours, atol=TOLERANCE, rtol=TOLERANCE):
             raise UsageError(f"transformers:{path}: its logits are more than its output matrix; it cannot be used here")

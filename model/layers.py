@@ -12,6 +12,11 @@ def relu2(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+def stays_float32(name: str, tensor: Tensor) -> bool:
+    """Whether what has that name on disk is float32 whatever the matrices are: vectors, the router."""
+    return tensor.dim() < 2 or ".gate." in name
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, in float32."""
 
@@ -21,8 +26,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """float[..., width] -> float[..., width]."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        """float[..., width] -> the same, in its dtype."""
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
 
 
 class Linear(nn.Linear):

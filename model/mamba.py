@@ -42,16 +42,18 @@ class Mamba(nn.Module):
         self.out_proj = Linear(width, config.hidden_size)
 
     def forward(self, u: Tensor, lengths: Tensor | None, state: State | None) -> Tensor:
-        """float[B, L, hidden] -> the same. Tokens from lengths int64[B] on are padding and change no state; `state`
-        (convolution window, recurrent state) is the past, updated in place."""
+        """float[B, L, hidden] -> the same; float32 between the projections. Tokens from lengths int64[B] on are padding
+        and change no state; `state` (convolution window, recurrent state) is the past, updated in place."""
         config = self.config
-        z, xbc, dt = self.in_proj(u).split([config.mamba_width, config.conv_width, config.mamba_num_heads], dim=-1)
+        z, xbc, dt = (
+            self.in_proj(u).float().split([config.mamba_width, config.conv_width, config.mamba_num_heads], dim=-1)
+        )
         xbc = self._convolve(xbc, lengths, state)
         x, b, c = xbc.split([config.mamba_width, *[config.n_groups * config.ssm_state_size] * 2], dim=-1)
         x = x.unflatten(-1, (config.mamba_num_heads, config.mamba_head_dim))
         b, c = (part.unflatten(-1, (config.n_groups, config.ssm_state_size)) for part in (b, c))
         y = self._recur(x, self._time_step(dt, lengths), b, c, state)
-        result: Tensor = self.out_proj(self.norm.gated(y.flatten(-2), z))
+        result: Tensor = self.out_proj(self.norm.gated(y.flatten(-2), z).to(u.dtype))
         return result
 
     def _time_step(self, dt: Tensor, lengths: Tensor | None) -> Tensor:
@@ -65,7 +67,7 @@ class Mamba(nn.Module):
     def _convolve(self, xbc: Tensor, lengths: Tensor | None, state: State | None) -> Tensor:
         """silu(depthwise causal convolution) over float[B, L, C]; the window of past inputs moves on by each row's
         length."""
-        weight, bias, past = self.conv1d.weight[:, 0], self.conv1d.bias, self.config.conv_kernel - 1
+        weight, bias, past = self.conv1d.weight[:, 0].float(), self.conv1d.bias, self.config.conv_kernel - 1
         assert bias is not None
         if state is None:
             return convolve(xbc, weight, bias)

@@ -67,7 +67,7 @@ class Experts(nn.Module):
         outputs = F.grouped_mm(hidden, down.transpose(1, 2), offs=counts)
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
-        result: Tensor = (outputs[back].unflatten(0, (-1, k)) * weights[..., None]).sum(1)
+        result: Tensor = (outputs[back].unflatten(0, (-1, k)) * weights[..., None]).sum(1).to(x.dtype)
         return result
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -11,43 +11,14 @@ from torch import Tensor, nn
 
 from palaestra.kernels.layouts import take_modelopt, to_modelopt
 from palaestra.kernels.nvfp4 import dequantize, fake_quantize, quantize
-from palaestra.model.attention import Attention
+from palaestra.model.block import Block
 from palaestra.model.cache import Cache
 from palaestra.model.config import ModelConfig
-from palaestra.model.layers import MLP, Linear, RMSNorm
-from palaestra.model.mamba import Mamba
-from palaestra.model.moe import Experts, LatentMoE
+from palaestra.model.layers import Linear, RMSNorm, stays_float32
+from palaestra.model.moe import Experts, Router
+from palaestra.model.mtp import Prediction
 
 Named = tuple[str, Tensor]
-
-
-def _mixer(letter: str, config: ModelConfig) -> nn.Module:
-    if letter == "-":
-        return MLP(config.hidden_size, config.intermediate_size)
-    return {"M": Mamba, "*": Attention, "E": LatentMoE}[letter](config)
-
-
-class Block(nn.Module):
-    """x + mixer(norm(x))."""
-
-    def __init__(self, letter: str, config: ModelConfig) -> None:
-        super().__init__()
-        self.letter = letter
-        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.mixer = _mixer(letter, config)
-
-    def forward(self, x: Tensor, lengths: Tensor | None, cache: Cache | None, index: int) -> Tensor:
-        """float[B, L, hidden] -> the same."""
-        normed = self.norm(x)
-        state = None if cache is None else cache.layers.get(index)
-        if self.letter == "M":
-            mixed = self.mixer(normed, lengths, state)
-        elif self.letter == "*":
-            mixed = self.mixer(normed, state, cache)
-        else:
-            mixed = self.mixer(normed)
-        result: Tensor = x + mixed
-        return result
 
 
 class Backbone(nn.Module):
@@ -76,9 +47,28 @@ class Hybrid(nn.Module):
         self.config = config
         self.backbone = Backbone(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.mtp = Prediction(config) if config.num_nextn_predict_layers else None
         self._initialise()
 
+    @classmethod
+    def empty(cls, config: ModelConfig, dtype: torch.dtype = torch.float32) -> Hybrid:
+        """One whose weights are yet to be written. Matrices are of that dtype, the router's aside, which is float32 as
+        all vectors are."""
+        with torch.device("meta"):
+            model = cls(config)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if stays_float32(name, parameter) else dtype)
+        model.to_empty(device="cpu")
+        for module in model.modules():
+            if isinstance(module, Router):
+                module.load.zero_()
+        return model
+
     def forward(self, ids: Tensor, lengths: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Logits float32[B, L, vocabulary] of right-padded sequences; arguments as of `hidden`."""
+        return self.logits(self.hidden(ids, lengths, cache))
+
+    def hidden(self, ids: Tensor, lengths: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Hidden states of right-padded sequences.
 
         ids int64[B, L]; lengths int64[B], the tokens of each row that are no padding (None: all; 0 leaves a row as it
@@ -94,6 +84,18 @@ class Hybrid(nn.Module):
         """float[..., hidden] -> float32[..., vocabulary]."""
         result: Tensor = self.lm_head(hidden).float()
         return result
+
+    def further(self, ids: Tensor, hidden: Tensor) -> list[Tensor]:
+        """Hidden states of the prediction depths: the one of depth d float[B, L - d, hidden], whose logits at t are of
+        the token t + d + 1. ids int64[B, L]; hidden float[B, L, hidden], the trunk's. Raises ValueError where there is
+        no prediction head."""
+        if self.mtp is None:
+            raise ValueError("this model has no multi-token-prediction head (num_nextn_predict_layers is 0)")
+        found: list[Tensor] = []
+        for depth in range(1, min(self.config.mtp_depths, ids.shape[1] - 1) + 1):
+            hidden = self.mtp(hidden[:, :-1], self.backbone.embeddings(ids[:, depth:]))
+            found.append(hidden)
+        return found
 
     @contextmanager
     def quantised(self) -> Iterator[None]:

@@ -6,8 +6,9 @@ import hashlib
 from pathlib import Path
 
 from palaestra.gym.registry import UsageError
-from palaestra.model.checkpoint import CheckpointError, load, locate, tokenizer_hash
+from palaestra.model.checkpoint import load, locate, tokenizer_hash
 from palaestra.model.renderer import NemotronRenderer
+from palaestra.model.shards import CheckpointError
 from palaestra.model.tokenizer import Tokenizer
 from palaestra.rollout.hybrid_engine import HybridEngine
 from palaestra.rollout.policy import TokenPolicy

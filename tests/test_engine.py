@@ -69,7 +69,7 @@ def prompts(count: int, seed: int = 1) -> list[list[int]]:
 
 def expected(network: Hybrid, ids: list[int], start: int) -> torch.Tensor:
     with torch.no_grad():
-        logprobs = torch.log_softmax(network.logits(network(torch.tensor([ids])))[0], -1)
+        logprobs = torch.log_softmax(network(torch.tensor([ids]))[0], -1)
     return logprobs[torch.arange(start - 1, len(ids) - 1), torch.tensor(ids[start:])]
 
 

@@ -464,7 +464,7 @@ def broken_model(place: Path) -> None:
     """Two checkpoint folders, one of damaged weights and one of a damaged config.json."""
     from palaestra.model import checkpoint
 
-    checkpoint.save(place / "model", Hybrid(PRESETS["tiny"]))
+    checkpoint.save(Hybrid(PRESETS["tiny"]), place / "model")
     shutil.copytree(place / "model", place / "model2")
     weights = place / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])

@@ -33,7 +33,7 @@ weights = dict(model.weights())
 model.load_weights(weights.items())
 ids, cache = torch.tensor([3, 1, 4]), Cache.empty(config, 3, 4)
 with torch.no_grad():
-    plain = model.logits(model(ids[:, None], None, Cache.empty(config, 3, 4))[:, 0])
+    plain = model(ids[:, None], None, Cache.empty(config, 3, 4))[:, 0]
 for _ in range(2):
     step = decoder(config, weights, native.library())
 found = step.step(ids, torch.arange(3), cache)

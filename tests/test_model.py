@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from palaestra.kernels.mamba import recur, scan_plain
 from palaestra.model.cache import Cache
-from palaestra.model.checkpoint import CheckpointError, load, save, tokenizer_hash
+from palaestra.model.checkpoint import load, save, tokenizer_hash
 from palaestra.model.cli import app
 from palaestra.model.config import ModelConfig
 from palaestra.model.network import Hybrid
@@ -61,7 +59,7 @@ def build(config: ModelConfig = SMALL, seed: int = 0) -> Hybrid:
 def test_logits_agree_with_transformers_on_the_same_checkpoint(changes, tmp_path):
     transformers = pytest.importorskip("transformers")
     model = build(SMALL.model_copy(update={**changes, "hf_dt_clamp": True}))
-    save(tmp_path / "checkpoint", model)
+    save(model, tmp_path / "checkpoint")
     theirs, report = transformers.NemotronHForCausalLM.from_pretrained(
         tmp_path / "checkpoint", dtype=torch.float32, output_loading_info=True
     )
@@ -69,7 +67,7 @@ def test_logits_agree_with_transformers_on_the_same_checkpoint(changes, tmp_path
     assert not report["unexpected_keys"]
     ids = torch.randint(0, 64, (2, 21))
     with torch.no_grad():
-        torch.testing.assert_close(model.logits(model(ids)), theirs.eval()(ids).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model(ids), theirs.eval()(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 @settings(max_examples=25, deadline=None)
@@ -81,12 +79,12 @@ def test_a_cache_filled_in_any_pieces_gives_what_one_pass_gives(data, lengths):
     cache = Cache.empty(SMALL, batch, longest + 32)
     done = torch.zeros(batch, dtype=torch.int64)
     with torch.no_grad():
-        whole = model(ids)
+        whole = model.hidden(ids)
         while bool((done < torch.tensor(lengths)).any()):
             width = data.draw(st.integers(1, 20))
             take = torch.minimum(torch.tensor(lengths) - done, torch.tensor(width))
             at = (done[:, None] + torch.arange(width)).clamp(max=longest - 1)
-            hidden = model(ids.gather(1, at), take, cache)
+            hidden = model.hidden(ids.gather(1, at), take, cache)
             for row in range(batch):
                 seen = slice(int(done[row]), int(done[row] + take[row]))
                 torch.testing.assert_close(hidden[row, : int(take[row])], whole[row, seen], atol=1e-4, rtol=1e-4)
@@ -132,10 +130,10 @@ def test_a_cleared_row_is_fresh():
     ids = torch.randint(0, 64, (2, 9))
     cache = Cache.empty(SMALL, 2, 20)
     with torch.no_grad():
-        first = model(ids, None, cache)
+        first = model.hidden(ids, None, cache)
         cache.clear(1)
         assert cache.lengths.tolist() == [9, 0]
-        torch.testing.assert_close(model(ids, None, cache)[1], first[1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model.hidden(ids, None, cache)[1], first[1], atol=1e-5, rtol=1e-5)
 
 
 def test_rows_of_a_cache_can_be_copied_out_and_back():
@@ -167,10 +165,10 @@ def test_the_forward_pass_on_nvfp4_is_the_published_models_and_its_gradient_reac
     sampler.load_weights(model.weights())
     ids = torch.randint(0, 64, (2, 9))
     with model.quantised():
-        hidden = model(ids)
-        torch.testing.assert_close(hidden, sampler(ids), atol=1e-5, rtol=1e-5)
+        hidden = model.hidden(ids)
+        torch.testing.assert_close(hidden, sampler.hidden(ids), atol=1e-5, rtol=1e-5)
         model.logits(hidden).square().mean().backward()
-    assert not torch.equal(model(ids), hidden)
+    assert not torch.equal(model.hidden(ids), hidden)
     experts = model.backbone.layers[1].mixer.experts
     assert experts.up_proj.grad.abs().sum() > 0
     published = dict(model.weights())
@@ -191,7 +189,7 @@ def test_published_weights_are_copies():
 
 def test_a_checkpoint_comes_back_as_it_was_under_the_published_names(tmp_path):
     model = build()
-    save(tmp_path / "model", model, "abc")
+    save(model, tmp_path / "model", "abc")
     again = load(tmp_path / "model")
     assert again.config == model.config
     assert tokenizer_hash(tmp_path / "model") == "abc"
@@ -211,63 +209,41 @@ def test_a_checkpoint_comes_back_as_it_was_under_the_published_names(tmp_path):
     } <= names
 
 
-def test_a_damaged_checkpoint_is_refused_with_its_path(tmp_path):
-    folder = tmp_path / "model"
-    save(folder, build())
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is missing or damaged"):
-        load(folder)
-    (folder / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json"):
-        load(folder)
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (lambda tensors: tensors.pop("backbone.layers.1.mixer.experts.3.up_proj.weight"), "experts.3.up_proj"),
-        (lambda tensors: tensors.update({"mtp.layers.0.norm.weight": torch.ones(32)}), "mtp.layers.0.norm"),
-        (lambda tensors: tensors.update({"backbone.norm_f.weight": torch.ones(31)}), "norm_f"),
-    ],
-    ids=["missing", "unknown", "shape"],
-)
-def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, change, named):
-    folder = tmp_path / "model"
-    save(folder, build())
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=named):
-        load(folder)
-
-
-def test_a_configuration_of_another_network_is_refused(tmp_path):
-    folder = tmp_path / "model"
-    save(folder, build())
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    with pytest.raises(CheckpointError, match="tie_word_embeddings = True"):
-        load(folder)
-
-
 def test_saving_again_replaces_the_checkpoint_and_leaves_nothing_beside_it(tmp_path):
-    save(tmp_path / "model", build(seed=0))
-    save(tmp_path / "model", build(seed=1))
+    save(build(seed=0), tmp_path / "model")
+    save(build(seed=1), tmp_path / "model")
     assert torch.equal(load(tmp_path / "model").lm_head.weight, build(seed=1).lm_head.weight)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+SIZES = {
+    "tiny": (1.5e6, 3e6),
+    "mini": (5e6, 10e6),
+    "small": (25e6, 35e6),
+    "base": (270e6, 330e6),
+    "nano-30b": (31.55e9, 31.65e9),
+    "super-120b": (120.55e9, 120.75e9),
+}
+"""Parameters, prediction head aside. NVIDIA states 31.6 billion of Nano and 120.6 of Super, 3.6 and 12.7 of them active
+with the embeddings (the model cards)."""
+ACTIVE = {"nano-30b": 3.58e9, "super-120b": 12.77e9}
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_the_sizes_they_say(name):
     with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in Hybrid(preset(name)).parameters())
-    low, high = {"tiny": (1.5e6, 3e6), "mini": (5e6, 10e6), "small": (20e6, 40e6)}[name]
-    assert low < count < high
+        model = Hybrid(preset(name))
+    sizes = {part: p.numel() for part, p in model.named_parameters() if not part.startswith("mtp.")}
+    low, high = SIZES[name]
+    assert low < sum(sizes.values()) < high
+    experts = sum(size for part, size in sizes.items() if ".experts." in part)
+    idle = experts * (1 - model.config.num_experts_per_tok / model.config.n_routed_experts)
+    if name in ACTIVE:
+        assert sum(sizes.values()) - idle == pytest.approx(ACTIVE[name], rel=1e-3)
 
 
 def test_an_unknown_preset_names_the_presets():
-    with pytest.raises(KeyError, match="tiny, mini, small"):
+    with pytest.raises(KeyError, match="tiny, mini, small, base, nano-30b, super-120b"):
         preset("huge")
 
 
@@ -283,7 +259,7 @@ def test_router_load_is_counted_in_training_only():
 
 def test_a_converted_checkpoint_holds_its_matrices_in_bfloat16_and_the_router_in_float32(tmp_path):
     model = build()
-    save(tmp_path / "whole", model, "abc")
+    save(model, tmp_path / "whole", "abc")
     done = CliRunner().invoke(app, ["convert", str(tmp_path / "whole"), "-o", str(tmp_path / "half")])
     assert done.exit_code == 0, done.output
     stored = load_file(tmp_path / "half" / "model.safetensors")

@@ -72,7 +72,7 @@ async def test_a_stop_string_that_never_comes_changes_nothing(babbler, limit):
 def test_a_checkpoint_that_cannot_play_is_refused_in_one_line(tmp_path):
     with pytest.raises(UsageError, match=r"config\.json"):
         model(str(tmp_path / "model"))
-    save(tmp_path / "model", Hybrid(PRESETS["tiny"]), tokenizer_hash="0" * 64)
+    save(Hybrid(PRESETS["tiny"]), tmp_path / "model", tokenizer_hash="0" * 64)
     with pytest.raises(UsageError, match="trained with another tokenizer"):
         model(str(tmp_path / "model"))
 
@@ -80,7 +80,7 @@ def test_a_checkpoint_that_cannot_play_is_refused_in_one_line(tmp_path):
 def test_policies_of_other_weights_have_another_hash(tmp_path):
     for seed in (0, 1):
         torch.manual_seed(seed)
-        save(tmp_path / str(seed), Hybrid(PRESETS["tiny"]))
+        save(Hybrid(PRESETS["tiny"]), tmp_path / str(seed))
     hashes = {name: model(str(tmp_path / name)).sha256 for name in ("0", "1")}
     assert hashes["0"] != hashes["1"]
     assert all(len(found) == 64 for found in hashes.values())

@@ -104,7 +104,7 @@ class Base:
             self.model = model(recipe, tokenizer).to(device)
             self.renderer = NemotronRenderer(tokenizer)
             self.build = partial(hybrid_engine, self.model.config, engine)
-            self.save_model = partial(checkpoint.save, model=self.model, tokenizer_hash=tokenizer.sha256)
+            self.save_model = partial(checkpoint.save, self.model, tokenizer_hash=tokenizer.sha256)
 
 
 class Inline(Base):

@@ -22,7 +22,7 @@ Metrics = dict[str, float]
 class Trainable(Protocol):
     """What the learner needs of a network: model.network.Hybrid, or any nn.Module shaped like it."""
 
-    def __call__(self, ids: Tensor, lengths: Tensor) -> Tensor:
+    def hidden(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Hidden states float32[B, L, hidden] of right-padded ids int64[B, L]."""
         ...
 
@@ -152,7 +152,7 @@ class Learner:
     def _forward(self, micro: Micro) -> tuple[Tensor, Tensor]:
         """Log-probability and (without gradient) entropy, float32[tokens with loss], row by row."""
         ids = micro.ids.to(self.device)
-        hidden = self.model(ids, micro.lengths.to(self.device))
+        hidden = self.model.hidden(ids, micro.lengths.to(self.device))
         rows, places = micro.loss.to(self.device).nonzero(as_tuple=True)
         logits = self.model.logits(hidden[rows, places - 1]).float() / self.config.temperature
         table = logits.log_softmax(-1)
