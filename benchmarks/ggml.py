@@ -236,7 +236,14 @@ class Rows:
         self.y, rounded = torch.empty(case.batch, case.rows), torch.empty_like(x)  # more than room enough
         self.tensors = (graphs, x, rounded)  # those below are addresses of theirs
         self.following = itertools.cycle(graphs.weights)
-        self.rest = (case.rows, case.columns, x.data_ptr(), case.batch, rounded.data_ptr(), self.y.data_ptr())
+        self.rest = (
+            c_long(case.rows),
+            c_long(case.columns),
+            c_void_p(x.data_ptr()),
+            c_long(case.batch),
+            c_void_p(rounded.data_ptr()),
+            c_void_p(self.y.data_ptr()),
+        )
         self.multiply, self.type = library().rows_multiply, TYPES[case.kind]
 
     def __call__(self) -> None:

@@ -48,7 +48,7 @@ def whole_model(native: Library) -> dict[str, Any]:
     found: dict[str, Any] = {"threads": torch.get_num_threads(), "kernels": ours.kernels}
     for count in CONVERSATIONS:
         ids, rows = torch.randint(2048, (count, PROMPT + 1)), torch.arange(count)
-        plain = model.logits(model(ids)[:, -1])
+        plain = model(ids)[:, -1]
         cache = Cache.empty(model.config, count, PROMPT + 1 + (STEPS + 1) * (ROUNDS + 1))
         ours.prefill(ids[:, :-1].tolist(), rows.tolist(), cache)
         logits = ours.step(ids[:, -1].contiguous(), rows, cache)

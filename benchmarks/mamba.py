@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from turns import FROM_MEMORY, built, following, main, ratio, take_turns
+from turns import FROM_MEMORY, built, following, main, ratio, take_turns, upper
 
 from palaestra.kernels.mamba import STATES, Mixer, Slots, gated_norm_plain, recur, scan, scan_plain, step, step_plain
 from palaestra.kernels.memory import Arena
@@ -167,6 +167,8 @@ def _step_row(sizes: tuple[int, int, int, int], count: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         **{f"{name}, us": round(1e6 * statistics.median(rounds), 1) for name, rounds in seconds.items()},
         **{f"times {name}": ratio(seconds[name], seconds["ours, float32"]) for name in ("plain", "plain, in place")},
+        "times plain, in place, upper quartile": upper(seconds["plain, in place"], seconds["ours, float32"]),
+        "roofline: times plain, in place": ratio(seconds["plain, in place"], seconds["mul_"]),
         "share of the bandwidth": ratio(seconds["mul_"], seconds["ours, float32"]),
     }
 

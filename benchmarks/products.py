@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 from collections.abc import Callable
+from ctypes import c_int32, c_long, c_void_p
 from typing import Any
 
 import ggml
@@ -27,6 +28,7 @@ from turns import (
     microseconds,
     ratio,
     take_turns,
+    upper,
 )
 
 from palaestra.kernels import nvfp4
@@ -48,6 +50,7 @@ ACTIVATIONS = {
     "int8": INT8,
 }
 OURS, TORCH, GGML, READ = "ours", "torch, bf16", "ggml", "memory"
+UPPER = "upper quartiles"
 
 
 class Product:
@@ -56,7 +59,13 @@ class Product:
     def __init__(self, native: Library, weights: list[Packed], x: torch.Tensor, activations: str) -> None:
         self.x = x.bfloat16() if activations == "bf16" else x
         self.y = torch.empty(len(x), weights[0].record.tiles * TILE)
-        shared = self.x.data_ptr(), ACTIVATIONS[activations], len(x), self.y.data_ptr(), torch.get_num_threads()
+        shared = (
+            c_void_p(self.x.data_ptr()),
+            c_int32(ACTIVATIONS[activations]),
+            c_long(len(x)),
+            c_void_p(self.y.data_ptr()),
+            c_long(torch.get_num_threads()),
+        )
         self.weights, self.multiply = weights, native.multiply
         self.following = following([(ctypes.byref(weight.record), *shared) for weight in weights])
 
@@ -114,15 +123,16 @@ def row(native: Library, shape: tuple[int, int], batch: int) -> dict[str, Any]:
         **{f"{name}, us": microseconds(rounds) for name, rounds in seconds.items() if name.startswith(OURS)},
         f"{TORCH}, us": microseconds(seconds[TORCH]),
         **{f"{GGML}, {kind}, us": microseconds(of(seconds, f"{GGML}, {kind}:")) for kind in (peers and ggml.TYPES)},
-        "times torch": ratio(seconds[TORCH], best),
     }
+    against = {"times torch": seconds[TORCH]}
     if peers:
-        found["times ggml's fastest"] = ratio(of(seconds, GGML), best)
-        found |= {f"times ggml, {kind}": ratio(of(seconds, f"{GGML}, {kind}:"), best) for kind in ("Q4_K", "NVFP4")}
+        against |= {"times ggml's fastest": of(seconds, GGML)}
+        against |= {f"times ggml, {kind}": of(seconds, f"{GGML}, {kind}:") for kind in ("Q4_K", "NVFP4")}
     if shape != FROM_CACHE:
         found["GB/s"] = round(PART / 1e3 / microseconds(seconds[READ]), 1)
-        found["share of it"] = round(nbytes / PART * ratio(seconds[READ], best), 2)
-    return found
+        against["share of it"] = [nbytes / PART * taken for taken in seconds[READ]]
+    found |= {what: ratio(rounds, best) for what, rounds in against.items()}
+    return found | {UPPER: {what: upper(rounds, best) for what, rounds in against.items()}}
 
 
 def rows(native: Library) -> list[dict[str, Any]]:

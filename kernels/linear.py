@@ -71,8 +71,8 @@ def _pack_nvfp4(library: Library, weight: NVFP4, arena: Arena) -> Packed:
 def linear(library: Library, x: Tensor, weight: Packed, threads: int = 1, int8: bool = False) -> Tensor:
     """float [..., K] and a packed [N, K] -> float32 [..., N], bf16 activations as they are and others as float32.
 
-    `int8`: with activations rounded to int8, a scale a block of 16 (NVFP4 weights alone); in a block below 1e-36 they
-    are 0. Raises ValueError for another K and for int8 with other weights.
+    `int8`: with activations rounded to int8, a scale for 64 of a row (NVFP4 weights alone); where all of those are
+    below 1e-36 they are 0. Raises ValueError for another K and for int8 with other weights.
     """
     if x.shape[-1] != weight.columns:
         raise ValueError(f"a weight of {weight.columns} columns, and activations of {x.shape[-1]}")

@@ -192,6 +192,16 @@ class Mixer:
         return len(self.norm)
 
     @cached_property
+    def inputs(self) -> int:
+        """H P + W + H, what a token's step takes."""
+        return self.width + len(self.conv_bias) + self.heads
+
+    @cached_property
+    def fits(self) -> bool:
+        """Whether the C takes it."""
+        return _native([self.conv], self.dim, self.state)
+
+    @cached_property
     def record(self) -> native.Mamba:
         """What the C reads."""
         return mamba_native.mixer_record(self)
@@ -204,6 +214,16 @@ class Slots:
 
     windows: Tensor
     states: Tensor
+
+    @cached_property
+    def fit(self) -> bool:
+        """Whether the C takes them."""
+        return self.windows.is_cpu and self.windows.dtype == torch.float32
+
+    @cached_property
+    def record(self) -> native.Kept:
+        """Where they are."""
+        return mamba_native.slots_record(self)
 
     @classmethod
     def empty(cls, mixer: Mixer, count: int, dtype: torch.dtype = torch.float32) -> Slots:
@@ -226,13 +246,11 @@ def step(mixer: Mixer, parts: Tensor, slots: Slots, rows: Tensor, seed: int = 0)
     seed, the slot and the place: small changes are kept on average. y is of the state before it is rounded. float16
     ends at +-65504.
     """
-    if parts.shape != (len(rows), mixer.width + len(mixer.conv_bias) + mixer.heads):
+    if parts.shape != (len(rows), mixer.inputs):
         raise ValueError(f"{len(rows)} rows, and parts of {list(parts.shape)}")
-    at = rows.tolist()
-    if at and not 0 <= min(at) <= max(at) < len(slots.states):
-        raise IndexError(f"rows from 0 to {len(slots.states) - 1}; got {at}")
-    if _native([parts, slots.windows], mixer.dim, mixer.state):
+    if mixer.fits and slots.fit and parts.is_cpu and parts.dtype == torch.float32:
         return mamba_native.step(mixer, parts, slots, rows, seed)
+    mamba_native.check(rows, len(slots.states))
     return step_plain(mixer, parts, slots, rows, seed)
 
 

@@ -268,14 +268,29 @@ def mixer_record(mixer: Mixer) -> native.Mamba:
 
 def step(mixer: Mixer, parts: Tensor, slots: Slots, rows: Tensor, seed: int) -> Tensor:
     """See mamba.step."""
-    parts, rows, y = parts.contiguous(), rows.long().contiguous(), floats(len(parts), mixer.width)
-    call = native.MambaStep(
-        ctypes.addressof(mixer.record),
-        *(pointer(tensor) for tensor in (parts, y, rows, slots.windows, slots.states)),
-        *parts.shape,
-        seed,
-        KINDS[slots.states.dtype],
-        mixer.eps,
-    )
-    _call("mamba_step", call)
+    found = native.library()
+    assert found is not None
+    parts, rows = parts.contiguous(), rows.to(torch.int64).contiguous()
+    count, stride = parts.shape
+    y = parts.new_empty(count, mixer.width)
+    places = parts.data_ptr(), y.data_ptr(), rows.data_ptr()
+    call = native.MambaStep(ctypes.addressof(mixer.record), *places, slots.record, count, stride, seed, mixer.eps)
+    refused = found.mamba_step(ctypes.byref(call), torch.get_num_threads())
+    if refused == native.NO_SLOT:
+        check(rows, slots.record.count)
+    if refused:
+        raise MemoryError(f"no memory for a step of {count} conversations")
     return y
+
+
+def slots_record(slots: Slots) -> native.Kept:
+    """The record of contiguous slots. It points to them."""
+    states = slots.states
+    return native.Kept(pointer(slots.windows), pointer(states), len(states), KINDS[states.dtype])
+
+
+def check(rows: Tensor, count: int) -> None:
+    """Raises IndexError for rows int64[n] that are none of `count` slots."""
+    at = rows.tolist()
+    if at and not 0 <= min(at) <= max(at) < count:
+        raise IndexError(f"rows from 0 to {count - 1}; got {at}")

@@ -182,15 +182,21 @@ class Gate(Structure):
     )
 
 
+class Kept(Structure):
+    """What conversations keep of a Mamba-2 mixer."""
+
+    _fields_ = (("windows", c_void_p), ("states", c_void_p), ("count", c_int64), ("kind", c_int32))
+
+
 class MambaStep(Structure):
     """A token each of several conversations through a Mamba-2 mixer."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("mamba", "parts", "y", "slots", "windows", "states")),
+        *((name, c_void_p) for name in ("mamba", "parts", "y", "slots")),
+        ("kept", Kept),
         ("count", c_int64),
         ("stride", c_int64),
         ("seed", c_uint64),
-        ("kind", c_int32),
         ("eps", c_float),
     )
 
@@ -217,8 +223,9 @@ ARGUMENTS = {
 }
 """Of every function, under its name without `palaestra_`."""
 VOID = {"pack_nvfp4", "pack", "route", "dequantize", "transform"}
-"""Those that cannot fail. The others return 0, or 1 where memory for the work cannot be had, and quantize what it
-refused."""
+"""Those that cannot fail. The others return 0, or 1 where memory for the work cannot be had; quantize what it refused,
+mamba_step NO_SLOT."""
+NO_SLOT = 2
 NOT_FINITE, NO_FIT = 1, 2
 """`enum refusal` of cpu/records.h."""
 

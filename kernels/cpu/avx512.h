@@ -7,6 +7,7 @@
 #define UNPACK 0     /* whether it pays to unpack them before where there are more rows */
 #define CODE_CHAINS 1
 #define INT8_ROWS 8  /* the same for activations as bytes */
+#define INT8_TILES 2 /* tiles side by side there */
 
 typedef float vec __attribute__((vector_size(64)));
 typedef int32_t ivec __attribute__((vector_size(64)));

@@ -1,63 +1,102 @@
-/* y = x W^T for NVFP4 weights and activations that are rounded to int8, a scale a block: products of bytes, several times
+/* y = x W^T for NVFP4 weights and activations that are rounded to int8, a scale a group of blocks: products of bytes, several times
    as many an instruction as of floats. For weights that come from memory, whose way is then all that counts. */
 
-/* The columns in the order in which `block_dot` meets them. */
-static const int ORDER[BLOCK] = {0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15};
+typedef int8_t sixteen __attribute__((vector_size(BLOCK)));
 
+/* A block's columns in the order in which `block_dot` meets them. */
+INLINE sixteen ordered(sixteen x) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(x, x, 0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+#else
+    return __builtin_shuffle(x, (sixteen){0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15});
+#endif
+}
+
+#define GROUP 4 /* blocks under one scale */
+#define INT8_NEAR (1 << 20) /* codes of a weight that is likely to lie in the cache */
+#define INT8_SUMS (PARTS * (INT8_ROWS > INT8_TILES ? INT8_ROWS : INT8_TILES)) /* vectors under way, at most */
 #define SMALLEST 1e-36f /* 127 divided by less than that is no number */
 
-/* The largest magnitude of a block, NaN being larger than all others. */
-INLINE float largest_of(const float *x) {
-    int32_t bits[BLOCK], most = 0;
+/* The largest magnitude of `count` numbers, NaN being larger than all others. */
+INLINE float largest_of(const float *x, long count) {
+    int32_t most = 0;
     float found;
-    memcpy(bits, x, sizeof bits);
-    for (int i = 0; i < BLOCK; i++) most = (bits[i] & 0x7fffffff) > most ? bits[i] & 0x7fffffff : most;
+    for (long i = 0; i < count; i++) {
+        int32_t bits;
+        memcpy(&bits, x + i, sizeof bits);
+        most = (bits & 0x7fffffff) > most ? bits & 0x7fffffff : most;
+    }
     memcpy(&found, &most, sizeof found);
     return found;
 }
 
-/* Blocks of 16 floats -> bytes: scale amax / 127, to nearest. Where a value is no number, neither is the scale. */
+/* Floats -> bytes: a scale amax / 127 a group, to nearest. Where a value is no number, neither is the scale. */
 static void to_bytes(const float *x, long blocks, struct bytes *to) {
-    for (long block = 0; block < blocks; block++, x += BLOCK, to++) {
-        const float most = largest_of(x), inverse = most >= SMALLEST && most < INFINITY ? 127 / most : 0;
-        int32_t rounded[BLOCK] = {0}, total = 0;
-        if (inverse > 0)
-            for (int i = 0; i < BLOCK; i++) total += rounded[i] = (int32_t)rintf(x[i] * inverse);
-        for (int i = 0; i < BLOCK; i++) to->values[i] = (int8_t)rounded[ORDER[i]];
-        to->offset = -CODES_OFFSET * total;
-        to->scale = most < INFINITY ? most / 127 : NAN;
+    for (long first = 0; first < blocks; first += GROUP) {
+        const long last = first + GROUP < blocks ? first + GROUP : blocks;
+        const float most = largest_of(x + first * BLOCK, (last - first) * BLOCK);
+        const float inverse = most >= SMALLEST && most < INFINITY ? 127 / most : 0;
+        for (long block = first; block < last; block++) {
+            int32_t rounded[BLOCK] = {0}, total = 0;
+            sixteen found;
+            if (inverse > 0)
+                for (int i = 0; i < BLOCK; i++) rounded[i] = (int32_t)rintf(x[block * BLOCK + i] * inverse);
+            for (int i = 0; i < BLOCK; i++) total += rounded[i];
+            for (int i = 0; i < BLOCK; i++) found[i] = (int8_t)rounded[i];
+            found = ordered(found);
+            memcpy(to[block].values, &found, sizeof found);
+            to[block].offset = -CODES_OFFSET * total;
+            to[block].scale = most < INFINITY ? most / 127 : NAN;
+        }
     }
 }
 
-/* The sums of `rows` rows, a constant where this is inlined, with one tile. One: a single stream of weights comes faster
-   from memory than several side by side. */
-INLINE void int8_outputs(const struct pass *p, const struct bytes *x, const int rows) {
+/* One block's sums, added to `part` [rows][wide]. */
+INLINE void int8_block(const struct pass *p, const struct bytes *x, const int rows, const int wide, long block, vec *part) {
     const long columns = p->w->columns, blocks = columns / BLOCK;
-    vec total[INT8_ROWS * PARTS] = {0};
-    for (long block = 0; block < blocks; block++)
-        for (int at = 0; at < PARTS; at++) {
-            const uint32_t *words = (const uint32_t *)p->w->data + place(p, at, columns * 2) + block * 2 * TILE;
-            prefetch(words);
-            const vec scale = step(p, NVFP4, at, block * BLOCK);
-            for (int row = 0; row < rows; row++) {
-                const struct bytes *of = x + row * blocks + block;
-                vec dots = __builtin_convertvector(block_dot(words, of->values, of->offset), vec);
-                total[row * PARTS + at] += dots * (scale * of->scale);
-            }
+    for (int at = 0; at < wide; at++) {
+        const uint32_t *words = (const uint32_t *)p->w->data + place(p, at, columns * 2) + block * 2 * TILE;
+        prefetch(words + (block + BLOCKS_AHEAD < blocks ? 0 : (wide / PARTS - 1) * columns * 2));
+        const vec scale = step(p, NVFP4, at, block * BLOCK);
+        for (int row = 0; row < rows; row++) {
+            const struct bytes *of = x + row * blocks + block;
+            vec dots = __builtin_convertvector(block_dot(words, of->values, of->offset), vec);
+            part[row * wide + at] += dots * scale;
         }
-    for (int at = 0; at < rows * PARTS; at++)
-        store(p->y + at / PARTS * p->y_stride + place(p, at % PARTS, TILE), total[at] * (p->w->scale * STEPS_UNIT * .5f));
+    }
+}
+
+/* The sums of `rows` rows with `wide` vectors side by side, constants where this is inlined. */
+INLINE void int8_outputs(const struct pass *p, const struct bytes *x, const int rows, const int wide) {
+    const long columns = p->w->columns, blocks = columns / BLOCK;
+    vec total[INT8_SUMS] = {0};
+    for (long first = 0; first < blocks; first += GROUP) {
+        vec part[INT8_SUMS] = {0};
+        if (first + GROUP <= blocks) {
+#pragma GCC unroll 4
+            for (long block = first; block < first + GROUP; block++) int8_block(p, x, rows, wide, block, part);
+        } else
+            for (long block = first; block < blocks; block++) int8_block(p, x, rows, wide, block, part);
+        for (int at = 0; at < rows * wide; at++) total[at] += part[at] * x[at / wide * blocks + first].scale;
+    }
+    for (int at = 0; at < rows * wide; at++)
+        store(p->y + at / wide * p->y_stride + place(p, at % wide, TILE), total[at] * (p->w->scale * STEPS_UNIT * .5f));
 }
 
 #define INT8_EXACTLY(n)                                                                                                  \
     case n:                                                                                                              \
-        if (n <= INT8_ROWS) int8_outputs(&p, x, n);                                                                      \
+        if (n <= INT8_ROWS) int8_outputs(&p, x, n, PARTS);                                                               \
         break;
 
 /* As `multiply`, for rows of x as bytes. With many rows a tile stays in the cache for all of them. */
 static void multiply_int8(const struct matrix *w, long tile, long last, const struct bytes *bytes, long rows, float *y,
                           long y_stride) {
     const long blocks = w->columns / BLOCK, times = (rows + INT8_ROWS - 1) / INT8_ROWS;
+    if (rows == 1 && (long)w->tiles * TILE * w->columns <= INT8_NEAR)
+        for (; tile + INT8_TILES <= last; tile += INT8_TILES) {
+            struct pass p = {.w = w, .y = y, .tile = tile};
+            int8_outputs(&p, bytes, 1, INT8_TILES * PARTS);
+        }
     for (; tile < last; tile++)
         for (long time = 0; time < times; time++) {
             const long row = rows * time / times;

@@ -38,9 +38,10 @@ INLINE vec step(const struct pass *p, const int kind, int at, long block) { /* o
 }
 
 /* A block's words, two lines of the cache, well before their turn. */
+#define BLOCKS_AHEAD 32
 INLINE void prefetch(const uint32_t *words) {
-    __builtin_prefetch(words + 1024);
-    __builtin_prefetch(words + 1024 + TILE);
+    __builtin_prefetch(words + BLOCKS_AHEAD * 2 * TILE);
+    __builtin_prefetch(words + BLOCKS_AHEAD * 2 * TILE + TILE);
 }
 
 INLINE nibbles codes(const struct pass *p, int at, long column) {

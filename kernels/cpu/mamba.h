@@ -71,18 +71,18 @@ INLINE void state_store(void *state, long at, vec x, int kind, uint32_t key) {
     memcpy((uint16_t *)state + at, &found, sizeof found);
 }
 
-/* What a step reads and keeps of one conversation, at one head: the state's entry 0, how it is kept, what rounds it. */
-struct kept {
+/* The state of one conversation at one head: its entry 0, how it is kept, what rounds it. */
+struct head_state {
     void *state;
     int kind;
     uint32_t key;
 };
 
-#define AHEAD 8192 /* bytes by which the second cache's prefetch is ahead; beyond the last state it does nothing */
+#define PAGE 4096 /* bytes: hardware fetches ahead within one, and every fourth line of the next one sets it going there */
 
 /* The recurrence of one head: state [dim][state] = decay state + step x B;  y [dim] = state C + d x. */
 INLINE void recur_as(const struct mamba *m, long head, float dt, const float *x, const float *b, const float *c,
-                     struct kept kept, int kind, float *y) {
+                     struct head_state kept, int kind, float *y) {
     const float decay = expf(dt * m->a[head]);
     const long width = m->state;
     for (long first = 0; first < m->dim; first += LANES) {
@@ -92,7 +92,7 @@ INLINE void recur_as(const struct mamba *m, long head, float dt, const float *x,
             const long at = (first + row) * width;
             vec total = {0};
             for (long i = 0; i < width; i += LANES) {
-                __builtin_prefetch((const char *)kept.state + (at + i) * (kind == FLOAT32 ? 4 : 2) + AHEAD, 0, 2);
+                if (i % 64 == 0) __builtin_prefetch((char *)kept.state + (at + i) * (kind == FLOAT32 ? 4 : 2) + PAGE, 0, 2);
                 vec next = state_load(kept.state, at + i, kind) * decay + load(b + i) * in;
                 state_store(kept.state, at + i, next, kind, kept.key);
                 total += next * load(c + i);
@@ -104,7 +104,7 @@ INLINE void recur_as(const struct mamba *m, long head, float dt, const float *x,
 }
 
 static void recur(const struct mamba *m, long head, float dt, const float *x, const float *b, const float *c,
-                  struct kept kept, float *y) {
+                  struct head_state kept, float *y) {
     switch (kept.kind) {
     case BFLOAT16: recur_as(m, head, dt, x, b, c, kept, BFLOAT16, y); break;
     case FLOAT16: recur_as(m, head, dt, x, b, c, kept, FLOAT16, y); break;
@@ -116,7 +116,7 @@ static float softplus(float x) { return x > 20 ? x : log1pf(expf(x)); }
 
 static void *state_of(const struct mamba_step *s, int64_t row) { /* one head's, of all slots' heads */
     const struct mamba *m = s->mamba;
-    return (char *)s->states + row * m->dim * m->state * (s->kind == FLOAT32 ? 4 : 2);
+    return (char *)s->kept.states + row * m->dim * m->state * (s->kept.kind == FLOAT32 ? 4 : 2);
 }
 
 /* One token, one group: the parts [z | x B C | dt] of the input projection -> y, gated and normalised. `convolved`
@@ -126,14 +126,14 @@ static void mamba_group(const struct mamba_step *s, long token, long group, floa
     const long inner = (long)m->heads * m->dim, width = conv_width(m), heads = m->heads / m->groups, share = heads * m->dim;
     const float *z = s->parts + token * s->stride, *x = z + inner, *dt = x + width;
     const long of_b = inner + group * m->state, of_c = of_b + (long)m->groups * m->state, first = group * share;
-    float *window = s->windows + s->slots[token] * width * (m->kernel - 1), *y = s->y + token * inner;
+    float *window = s->kept.windows + s->slots[token] * width * (m->kernel - 1), *y = s->y + token * inner;
     convolve(m, window, x, first, share, convolved);
     convolve(m, window, x, of_b, m->state, convolved);
     convolve(m, window, x, of_c, m->state, convolved);
     for (long head = group * heads; head < (group + 1) * heads; head++) {
         const float step = softplus(dt[head] + m->dt_bias[head]);
         const int64_t row = s->slots[token] * m->heads + head;
-        const struct kept kept = {state_of(s, row), s->kind, key_of(s->seed, row)};
+        const struct head_state kept = {state_of(s, row), s->kept.kind, key_of(s->seed, row)};
         recur(m, head, step > m->dt_min ? step : m->dt_min, convolved + head * m->dim, convolved + of_b, convolved + of_c,
               kept, y + head * m->dim);
     }
@@ -151,7 +151,7 @@ static void mamba(const struct model *model, const struct mamba *m, const struct
     const long inner = (long)m->heads * m->dim, row = m->in.tiles * TILE;
     float *parts = take(&scratch, batch->count * row), *y = take(&scratch, batch->count * inner);
     const struct mamba_step s = {.mamba = m, .parts = parts, .stride = row, .y = y, .slots = batch->rows,
-                                 .windows = past->first, .states = past->second, .kind = FLOAT32, .eps = model->eps};
+                                 .kept = {past->first, past->second, 0, FLOAT32}, .eps = model->eps};
     full(&m->in, x, batch->count, parts);
     for (long i = 0; i < batch->count; i++)
         for (long group = 0; group < m->groups; group++) mamba_group(&s, i, group, parts + i * row + inner);

@@ -8,6 +8,7 @@
 #define UNPACK 1     /* whether it pays to unpack them before where there are more rows */
 #define CODE_CHAINS 4
 #define INT8_ROWS 4  /* the same for activations as bytes */
+#define INT8_TILES 1 /* tiles side by side there */
 
 typedef float vec __attribute__((vector_size(16)));
 typedef int32_t ivec __attribute__((vector_size(16)));

@@ -5,7 +5,8 @@
 
 struct product {
     const struct matrix *w;
-    const void *x;
+    const void *given, *x; /* x: as the kernels take them, in `room` where they were converted */
+    void *room;
     float *y;
     long rows, pieces;
     void (*run)(const struct product *p, long tile, long last);
@@ -29,16 +30,19 @@ static void product_piece(void *work, long index, long thread) {
     p->run(p, p->w->tiles * index / p->pieces, p->w->tiles * (index + 1) / p->pieces);
 }
 
-static void *widened(const uint16_t *x, long count) {
-    uint32_t *found = malloc((count ? count : 1) * sizeof *found);
-    for (long i = 0; found && i < count; i++) found[i] = (uint32_t)x[i] << 16;
-    return found;
+static void row_as_floats(void *work, long row, long thread) {
+    const struct product *p = work;
+    const uint16_t *x = (const uint16_t *)p->given + row * p->w->columns;
+    uint32_t *to = (uint32_t *)p->room + row * p->w->columns;
+    (void)thread;
+    for (long i = 0; i < p->w->columns; i++) to[i] = (uint32_t)x[i] << 16;
 }
 
-static void *as_bytes(const float *x, long blocks) {
-    struct bytes *found = malloc((blocks ? blocks : 1) * sizeof *found);
-    if (found) tier->to_bytes(x, blocks, found);
-    return found;
+static void row_as_bytes(void *work, long row, long thread) {
+    const struct product *p = work;
+    const long blocks = p->w->columns / BLOCK;
+    (void)thread;
+    tier->to_bytes((const float *)p->given + row * p->w->columns, blocks, (struct bytes *)p->room + row * blocks);
 }
 
 /* x [rows][columns] -> y float32 [rows][16 tiles]. `activations`: FLOAT32 or BFLOAT16, as which x comes, or INT8: it comes
@@ -46,14 +50,13 @@ static void *as_bytes(const float *x, long blocks) {
 EXPORT int palaestra_multiply(const struct matrix *w, const void *x, int activations, long rows, float *y, long threads) {
     const long pieces = threads < 2 ? 1 : threads * PIECES < w->tiles ? threads * PIECES : w->tiles;
     const int direct = activations == BFLOAT16 && w->kind == NVFP4 && tier->multiply_bf16;
-    struct product p = {w, x, y, rows, pieces, direct ? with_bf16 : activations == INT8 ? with_bytes : with_floats};
-    void *room = NULL;
-    if (activations != FLOAT32 && !direct) {
-        room = activations == INT8 ? as_bytes(x, rows * w->columns / BLOCK) : widened(x, rows * w->columns);
-        if (!room) return 1;
-        p.x = room;
+    struct product p = {w, x, x, NULL, y, rows, pieces, direct ? with_bf16 : activations == INT8 ? with_bytes : with_floats};
+    if (activations != FLOAT32 && !direct && rows) {
+        p.x = p.room = malloc(rows * w->columns * sizeof(float));
+        if (!p.room) return 1;
+        spread(activations == INT8 ? row_as_bytes : row_as_floats, &p, rows, threads);
     }
     spread(product_piece, &p, pieces, threads);
-    free(room);
+    free(p.room);
     return 0;
 }

@@ -138,19 +138,27 @@ static inline long choosing(const float *weights, long stride, long rows, int32_
         if (weights[row * stride] != 0) chosen[count++] = (int32_t)row;
     return count;
 }
-/* A token each of `count` conversations through a Mamba-2 mixer, its projections aside. The conversations' windows
-   [slots][kernel - 1][width] and states [slots][heads][dim][state] are brought forward; states are FLOAT32, or BFLOAT16 or
-   FLOAT16 with stochastic rounding by a hash of the seed, the slot, and the entry's place. */
+/* What conversations keep of a Mamba-2 mixer: windows [count][kernel - 1][width]; states [count][heads][dim][state],
+   FLOAT32, or BFLOAT16 or FLOAT16 with stochastic rounding. */
+struct kept {
+    float *windows;
+    void *states;
+    int64_t count;
+    int32_t kind;
+};
+
+#define NO_SLOT 2
+
+/* A token each of `count` conversations through a Mamba-2 mixer, its projections aside; what they keep is brought forward.
+   Rounding is by a hash of the seed, the slot, and the entry's place. */
 struct mamba_step {
     const struct mamba *mamba;
     const float *parts; /* [count] rows `stride` apart: z, x, B, C, dt of the input projection */
     float *y; /* [count][heads dim] */
     const int64_t *slots; /* [count], all different */
-    float *windows;
-    void *states;
+    struct kept kept;
     int64_t count, stride;
     uint64_t seed;
-    int32_t kind;
     float eps;
 };
 

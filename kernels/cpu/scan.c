@@ -65,8 +65,11 @@ EXPORT int palaestra_gate_forward(const struct gate *g, long threads) { return g
 
 EXPORT int palaestra_gate_backward(const struct gate *g, long threads) { return gate(tier->gate_backward, g, threads); }
 
+/* Returns NO_SLOT, too, where a slot is none of those that there are. */
 EXPORT int palaestra_mamba_step(const struct mamba_step *s, long threads) {
     const struct mamba *m = s->mamba;
     const long width = (long)m->heads * m->dim + 2 * m->groups * m->state;
+    for (long i = 0; i < s->count; i++)
+        if (s->slots[i] < 0 || s->slots[i] >= s->kept.count) return NO_SLOT;
     return share_out(tier->mamba_part, s, s->count * m->groups, width, threads);
 }

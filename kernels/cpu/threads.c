@@ -1,5 +1,6 @@
 /* A few threads that share work by the piece: whoever is free takes the next one, and the caller takes part, so that a
    helper without a core delays nobody. Helpers without work spin for some microseconds, then sleep. */
+#define _GNU_SOURCE /* for what Linux alone has */
 #include "threads.h"
 
 #include <pthread.h>
@@ -19,6 +20,8 @@ static struct {
     piece function;
     void *work;
     long helpers;
+    pthread_t threads[THREADS_MOST]; /* the helpers' */
+    int core; /* the caller's, from which helpers are kept away; -1: not known yet */
 } team = {.used = PTHREAD_MUTEX_INITIALIZER, .asleep = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
 
 static uint64_t ticket_of(uint64_t number, long threads, long pieces) {
@@ -68,10 +71,25 @@ static void *help(void *thread) {
 
 static void forget_helpers(void) { /* in a forked child, which has none */
     team.helpers = 0;
+    team.core = -1;
     pthread_mutex_init(&team.used, NULL);
     pthread_mutex_init(&team.asleep, NULL);
     pthread_cond_init(&team.wake, NULL);
     atomic_store(&team.ticket, 0);
+}
+
+/* Helpers may run on any core that the caller may have, but for the one that it is on: Linux likes to wake a thread where
+   the one runs that wakes it, and would leave both there for some ten milliseconds. */
+static void keep_apart(void) {
+#if defined(__linux__)
+    const int core = sched_getcpu();
+    cpu_set_t allowed;
+    if (core < 0 || core == team.core || pthread_getaffinity_np(pthread_self(), sizeof allowed, &allowed)) return;
+    CPU_CLR(core, &allowed);
+    if (CPU_COUNT(&allowed))
+        for (long i = 0; i < team.helpers; i++) pthread_setaffinity_np(team.threads[i], sizeof allowed, &allowed);
+    team.core = core;
+#endif
 }
 
 /* As many helpers as are wanted, or as many as can be had. */
@@ -79,10 +97,11 @@ static void gather(long wanted) {
     static int once;
     if (!once++) pthread_atfork(NULL, NULL, forget_helpers);
     while (team.helpers < wanted && team.helpers < THREADS_MOST - 1) {
-        pthread_t thread;
-        if (pthread_create(&thread, NULL, help, (void *)(team.helpers + 1))) return;
-        pthread_detach(thread);
+        pthread_t *thread = team.threads + team.helpers;
+        if (pthread_create(thread, NULL, help, (void *)(team.helpers + 1))) return;
+        pthread_detach(*thread);
         team.helpers++;
+        team.core = -1;
     }
 }
 
@@ -93,6 +112,7 @@ void spread(piece function, void *work, long pieces, long threads) {
     }
     threads = threads < THREADS_MOST ? threads : THREADS_MOST;
     gather(threads - 1);
+    keep_apart();
     team.function = function;
     team.work = work;
     atomic_store(&team.done, 0);
