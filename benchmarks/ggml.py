@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from ggml_build import build
 from torch import Tensor
+from turns import bare
 
 FOLDER = Path(__file__).parents[1] / "build" / "peers"
 F32 = 0
@@ -235,7 +236,7 @@ class Rows:
     def __init__(self, case: Case, graphs: Graphs, x: Tensor) -> None:
         self.y, rounded = torch.empty(case.batch, case.rows), torch.empty_like(x)  # more than room enough
         self.tensors = (graphs, x, rounded)  # those below are addresses of theirs
-        self.following = itertools.cycle(graphs.weights)
+        self.following = itertools.cycle([c_void_p(weight) for weight in graphs.weights])
         self.rest = (
             c_long(case.rows),
             c_long(case.columns),
@@ -244,7 +245,7 @@ class Rows:
             c_void_p(rounded.data_ptr()),
             c_void_p(self.y.data_ptr()),
         )
-        self.multiply, self.type = library().rows_multiply, TYPES[case.kind]
+        self.multiply, self.type = bare(build(FOLDER), "rows_multiply"), c_int(TYPES[case.kind])
 
     def __call__(self) -> None:
         self.multiply(self.type, next(self.following), *self.rest)

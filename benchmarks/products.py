@@ -21,6 +21,7 @@ from turns import (
     Candidates,
     Seconds,
     bandwidth,
+    bare,
     built,
     fastest,
     following,
@@ -34,7 +35,7 @@ from turns import (
 from palaestra.kernels import nvfp4
 from palaestra.kernels.linear import Packed, pack
 from palaestra.kernels.memory import Arena
-from palaestra.kernels.native import INT8, KINDS, TILE, Library
+from palaestra.kernels.native import FILE, INT8, KINDS, TILE, Library
 
 FROM_CACHE = (1024, 256)
 SHAPES = ((2688, 1024), (4096, 4096), FROM_CACHE)
@@ -56,7 +57,7 @@ UPPER = "upper quartiles"
 class Product:
     """Ours with the next of the weights; calls do nothing beside."""
 
-    def __init__(self, native: Library, weights: list[Packed], x: torch.Tensor, activations: str) -> None:
+    def __init__(self, multiply: Callable[..., Any], weights: list[Packed], x: torch.Tensor, activations: str) -> None:
         self.x = x.bfloat16() if activations == "bf16" else x
         self.y = torch.empty(len(x), weights[0].record.tiles * TILE)
         shared = (
@@ -66,7 +67,7 @@ class Product:
             c_void_p(self.y.data_ptr()),
             c_long(torch.get_num_threads()),
         )
-        self.weights, self.multiply = weights, native.multiply
+        self.weights, self.multiply = weights, multiply
         self.following = following([(ctypes.byref(weight.record), *shared) for weight in weights])
 
     def __call__(self) -> None:
@@ -90,7 +91,8 @@ def ours(native: Library, shape: tuple[int, int], batch: int) -> tuple[Candidate
     quantised = nvfp4.quantize(plain.float())
     nbytes = pack(native, quantised).nbytes
     packed = [pack(native, quantised, arena) for _ in range(copies(nbytes, shape))]
-    found = {f"{OURS}, {kind}": Product(native, packed, x, kind) for kind in ACTIVATIONS}
+    multiply = bare(FILE, "palaestra_multiply")
+    found = {f"{OURS}, {kind}": Product(multiply, packed, x, kind) for kind in ACTIVATIONS}
     return found | {TORCH: plain_product([plain.clone() for _ in range(copies(plain.nbytes, shape))], x)}, nbytes
 
 

@@ -30,6 +30,8 @@ static void product_piece(void *work, long index, long thread) {
     p->run(p, p->w->tiles * index / p->pieces, p->w->tiles * (index + 1) / p->pieces);
 }
 
+#define FEW 4096 /* activations that are converted without memory from the heap */
+
 static void row_as_floats(void *work, long row, long thread) {
     const struct product *p = work;
     const uint16_t *x = (const uint16_t *)p->given + row * p->w->columns;
@@ -51,12 +53,13 @@ EXPORT int palaestra_multiply(const struct matrix *w, const void *x, int activat
     const long pieces = threads < 2 ? 1 : threads * PIECES < w->tiles ? threads * PIECES : w->tiles;
     const int direct = activations == BFLOAT16 && w->kind == NVFP4 && tier->multiply_bf16;
     struct product p = {w, x, x, NULL, y, rows, pieces, direct ? with_bf16 : activations == INT8 ? with_bytes : with_floats};
+    float few[FEW];
     if (activations != FLOAT32 && !direct && rows) {
-        p.x = p.room = malloc(rows * w->columns * sizeof(float));
+        p.x = p.room = rows * w->columns <= FEW ? few : malloc(rows * w->columns * sizeof(float));
         if (!p.room) return 1;
         spread(activations == INT8 ? row_as_bytes : row_as_floats, &p, rows, threads);
     }
     spread(product_piece, &p, pieces, threads);
-    free(p.room);
+    if (p.room != few) free(p.room);
     return 0;
 }
