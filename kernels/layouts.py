@@ -6,7 +6,7 @@ as ours does; that of compressed-tensors (format `nvfp4-pack-quantized`) divides
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -22,15 +22,9 @@ def to_modelopt(name: str, quantised: NVFP4) -> dict[str, Tensor]:
     return {name: quantised.codes, f"{name}{SCALE}": quantised.scales, f"{name}{SCALE2}": quantised.scale2}
 
 
-def take_modelopt(tensors: MutableMapping[str, Tensor]) -> dict[str, NVFP4]:
-    """The quantised matrices among a ModelOpt checkpoint's tensors, by name; they are taken out of the mapping.
-
-    Raises KeyError naming the part that one lacks.
-    """
-    names = [name.removesuffix(SCALE2) for name in tensors if name.endswith(SCALE2)]
-    return {
-        name: NVFP4(tensors.pop(name), tensors.pop(f"{name}{SCALE}"), tensors.pop(f"{name}{SCALE2}")) for name in names
-    }
+def from_modelopt(name: str, tensors: Mapping[str, Tensor]) -> NVFP4:
+    """A matrix of a ModelOpt checkpoint. Raises KeyError naming the part that it lacks."""
+    return NVFP4(tensors[name], tensors[f"{name}{SCALE}"], tensors[f"{name}{SCALE2}"].float().reshape(()))
 
 
 def to_compressed(name: str, quantised: NVFP4) -> dict[str, Tensor]:

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from palaestra.model.config import ModelConfig
+from palaestra.kernels.linear import Weight
+from palaestra.kernels.nvfp4 import quantize
+from palaestra.model import stored
+from palaestra.model.config import ModelConfig, module_of
 from palaestra.model.layers import stays_float32
 from palaestra.model.network import Hybrid
 from palaestra.model.shards import SHARD, WEIGHTS, CheckpointError, Named, Shards, write
-from palaestra.model.stored import names, values, weight
 
 CONFIG = "config.json"
 ASSETS = Path(str(files("palaestra.trainer").joinpath("assets")))
@@ -80,19 +83,45 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Hybrid:
     `dtype` is that of matrices, as in `Hybrid.empty`. No more than the model and one tensor is held. Raises
     CheckpointError naming file and tensor.
     """
+    with opened(folder) as (config, kept):
+        model = Hybrid.empty(config, dtype)
+        room = model.state_dict()
+        for name, weight in kept:
+            room[name].copy_(stored.values(weight))
+    return model
+
+
+def weights(folder: Path) -> Iterator[Named]:
+    """What a sampler needs, as `Hybrid.weights` gives it: weights that the folder keeps in NVFP4 or FP8 as they are,
+    others quantised where its configuration says so. Raises CheckpointError naming file and tensor."""
+    with opened(folder) as (config, kept):
+        for name, weight in kept:
+            if isinstance(weight, Tensor):
+                weight = quantize(weight) if config.quantises(module_of(name)) else weight.float()
+            yield from stored.tensors_of(name, weight).items()
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[tuple[ModelConfig, Iterator[tuple[str, Weight]]]]:
+    """A folder's configuration, and its weights one after the other: all that the network has, of its shapes. Raises
+    CheckpointError naming file and tensor."""
     config = read_config(folder)
     with Shards(folder) as shards:
-        model = Hybrid.empty(_with_what_is_there(folder, config, shards), dtype)
-        wanted = model.state_dict()
+        config = _with_what_is_there(folder, config, shards)
+        with torch.device("meta"):
+            wanted = {name: list(tensor.shape) for name, tensor in Hybrid(config).state_dict().items()}
         _compare(folder, shards, set(wanted))
-        for name, to in wanted.items():
-            kept = values(weight(shards, name))
-            if kept.shape != to.shape:
-                raise CheckpointError(
-                    f"{shards.path(name)}: {name} is {list(kept.shape)}, where {CONFIG} asks for {list(to.shape)}"
-                )
-            to.copy_(kept)
-    return model
+        yield config, _fitting(shards, wanted)
+
+
+def _fitting(shards: Shards, wanted: dict[str, list[int]]) -> Iterator[tuple[str, Weight]]:
+    for name, shape in wanted.items():
+        weight = stored.weight(shards, name)
+        if stored.shape(weight) != shape:
+            raise CheckpointError(
+                f"{shards.path(name)}: {name} is {stored.shape(weight)}, where {CONFIG} asks for {shape}"
+            )
+        yield name, weight
 
 
 def _with_what_is_there(folder: Path, config: ModelConfig, shards: Shards) -> ModelConfig:
@@ -105,7 +134,7 @@ def _with_what_is_there(folder: Path, config: ModelConfig, shards: Shards) -> Mo
 
 def _compare(folder: Path, shards: Shards, wanted: set[str]) -> None:
     """Raises CheckpointError where the folder lacks a weight, or has one that the network does not know."""
-    found = set(names(shards))
+    found = set(stored.names(shards))
     missing, strange = sorted(wanted - found), sorted(found - wanted)
     if missing:
         raise CheckpointError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,11 @@ class ModelConfig(BaseModel):
         if unlike:
             raise ValueError(f"this network has no {', '.join(f'{key} = {raw[key]!r}' for key in unlike)}")
         return cls(**raw)
+
+
+def module_of(name: str) -> str:
+    """The module that a weight belongs to, as patterns know it: without the number of an expert."""
+    return re.sub(r"\.experts\.\d+\.", ".experts.", name).removesuffix(".weight")
 
 
 def _letter(word: str, key: str) -> str:

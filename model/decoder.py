@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from palaestra.kernels import native
-from palaestra.kernels.layouts import take_modelopt
 from palaestra.kernels.linear import Packed, Weight, pack
 from palaestra.kernels.memory import Arena
 from palaestra.kernels.native import TILE, TORCH, Library, pointer
 from palaestra.model.cache import Cache
 from palaestra.model.config import ModelConfig
 from palaestra.model.network import Hybrid
+from palaestra.model.stored import names, weight
 
 TOGETHER = 2048
 """Tokens of prompts that one call computes: so much memory it takes beside the weights."""
@@ -43,8 +43,7 @@ class Decoder(Protocol):
 def decoder(config: ModelConfig, weights: Mapping[str, Tensor], library: Library | None) -> Decoder:
     """The fastest for the weights of that configuration, as `Hybrid.weights` gives them."""
     if library is not None and fits(config):
-        given: dict[str, Tensor] = dict(weights)
-        return NativeDecoder(library, config, {**take_modelopt(given), **given})
+        return NativeDecoder(library, config, {name: weight(weights, name) for name in names(weights)})
     return PlainDecoder.of(config, weights)
 
 

@@ -9,14 +9,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from palaestra.kernels.layouts import take_modelopt, to_modelopt
-from palaestra.kernels.nvfp4 import dequantize, fake_quantize, quantize
+from palaestra.kernels.layouts import to_modelopt
+from palaestra.kernels.nvfp4 import fake_quantize, quantize
 from palaestra.model.block import Block
 from palaestra.model.cache import Cache
 from palaestra.model.config import ModelConfig
 from palaestra.model.layers import Linear, RMSNorm, stays_float32
 from palaestra.model.moe import Experts, Router
 from palaestra.model.mtp import Prediction
+from palaestra.model.stored import names, values, weight
 
 Named = tuple[str, Tensor]
 
@@ -124,8 +125,7 @@ class Hybrid(nn.Module):
     def load_weights(self, weights: Iterable[Named]) -> None:
         """Take over weights as `weights()` gives them. Raises RuntimeError naming missing and unexpected ones."""
         given = dict(weights)
-        given |= {name: dequantize(matrix) for name, matrix in take_modelopt(given).items()}
-        self.load_state_dict(given)
+        self.load_state_dict({name: values(weight(given, name)) for name in names(given)})
 
     def _quantised_parameters(self) -> Iterator[tuple[nn.Module, str, str, str]]:
         """(holder, parameter, where the forward pass looks for its stand-in, name on disk)."""

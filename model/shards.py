@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ class CheckpointError(Exception):
     """A checkpoint cannot be used; the text names the file, what is wrong and what to do."""
 
 
-class Shards:
+class Shards(Mapping[str, Tensor]):
     """The tensors of a folder by name, each read when it is asked for. Raises CheckpointError naming the file."""
 
     def __init__(self, folder: Path) -> None:
@@ -53,6 +53,9 @@ class Shards:
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
+
+    def __len__(self) -> int:
+        return len(self._files)
 
     def __getitem__(self, name: str) -> Tensor:
         """A copy. Raises KeyError for a name that there is not, CheckpointError for what cannot be read."""

@@ -3,14 +3,14 @@ compressed-tensors. Names are those of the plain weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from palaestra.kernels import fp8, nvfp4
 from palaestra.kernels.fp8 import FP8
-from palaestra.kernels.layouts import GLOBAL, PACKED, SCALE, SCALE2, from_compressed
+from palaestra.kernels.layouts import GLOBAL, PACKED, SCALE, SCALE2, from_compressed, to_modelopt
 from palaestra.kernels.linear import Weight
 from palaestra.kernels.nvfp4 import NVFP4
 from palaestra.model.shards import CheckpointError, Shards
@@ -19,35 +19,56 @@ ACTIVATIONS = (".input_scale", "_input_global_scale", ".input_global_scale", ".k
 """Scales of activations and caches, which weights do without."""
 
 
-def names(shards: Shards) -> Iterator[str]:
-    """The weights of a folder."""
-    for name in shards:
+Tensors = Mapping[str, Tensor]
+"""Of a checkpoint's files, or as weights are published."""
+
+
+def names(tensors: Tensors) -> Iterator[str]:
+    """The weights among them."""
+    for name in tensors:
         if name.endswith(PACKED):
             yield name.removesuffix(PACKED)
         elif not name.endswith((*ACTIVATIONS, f"weight{SCALE}", f"weight{SCALE2}", f"weight{GLOBAL}")):
             yield name
 
 
-def weight(shards: Shards, name: str) -> Weight:
+def weight(tensors: Tensors, name: str) -> Weight:
     """One of them, as it is kept. Raises CheckpointError naming a part that is missing or misshapen."""
-    if name not in shards:
+    if name not in tensors:
         packed = f"{name}{PACKED}"
-        parts = {part: shards[part] for part in (packed, *_parts(shards, packed, f"{name}{SCALE}", f"{name}{GLOBAL}"))}
-        return _fitting(shards, packed, from_compressed(name, parts))
-    tensor = shards[name]
+        parts = {
+            part: tensors[part] for part in (packed, *_parts(tensors, packed, f"{name}{SCALE}", f"{name}{GLOBAL}"))
+        }
+        return _fitting(tensors, packed, from_compressed(name, parts))
+    tensor = tensors[name]
     if tensor.dtype == torch.uint8:
-        scales, scale2 = _parts(shards, name, f"{name}{SCALE}", f"{name}{SCALE2}")
-        return _fitting(shards, name, NVFP4(tensor, shards[scales], shards[scale2].float().reshape(())))
+        scales, scale2 = _parts(tensors, name, f"{name}{SCALE}", f"{name}{SCALE2}")
+        return _fitting(tensors, name, NVFP4(tensor, tensors[scales], tensors[scale2].float().reshape(())))
     if tensor.dtype == torch.float8_e4m3fn:
-        (scale,) = _parts(shards, name, f"{name}{SCALE}")
-        if shards[scale].numel() != 1:
+        (part,) = _parts(tensors, name, f"{name}{SCALE}")
+        scale = tensors[part]
+        if scale.numel() != 1:
             raise CheckpointError(
-                f"{shards.path(scale)}: {scale} has {list(shards[scale].shape)} scales; FP8 weights with one are read"
+                f"{_place(tensors, part)}: {part} has {list(scale.shape)} scales; FP8 weights with one are read"
             )
-        return FP8(tensor, shards[scale].float().reshape(()))
+        return FP8(tensor, scale.float().reshape(()))
     if not tensor.dtype.is_floating_point:
-        raise CheckpointError(f"{shards.path(name)}: {name} is {tensor.dtype}, which no weight is kept in")
+        raise CheckpointError(f"{_place(tensors, name)}: {name} is {tensor.dtype}, which no weight is kept in")
     return tensor
+
+
+def tensors_of(name: str, kept: Weight) -> dict[str, Tensor]:
+    """A weight in the layout of ModelOpt: what `weight` reads."""
+    if isinstance(kept, NVFP4):
+        return to_modelopt(name, kept)
+    return {name: kept.values, f"{name}{SCALE}": kept.scale} if isinstance(kept, FP8) else {name: kept}
+
+
+def shape(kept: Weight) -> list[int]:
+    """Of its numbers."""
+    if isinstance(kept, NVFP4):
+        return [*kept.codes.shape[:-1], 2 * kept.codes.shape[-1]]
+    return list(kept.values.shape if isinstance(kept, FP8) else kept.shape)
 
 
 def values(kept: Weight) -> Tensor:
@@ -57,18 +78,22 @@ def values(kept: Weight) -> Tensor:
     return fp8.dequantize(kept) if isinstance(kept, FP8) else kept
 
 
-def _parts(shards: Shards, name: str, *parts: str) -> tuple[str, ...]:
+def _parts(tensors: Tensors, name: str, *parts: str) -> tuple[str, ...]:
     for part in parts:
-        if part not in shards:
-            raise CheckpointError(f"{shards.path(name)}: {name} has no {part}; fetch the folder anew")
+        if part not in tensors:
+            raise CheckpointError(f"{_place(tensors, name)}: {name} has no {part}; fetch the folder anew")
     return parts
 
 
-def _fitting(shards: Shards, name: str, found: NVFP4) -> NVFP4:
+def _fitting(tensors: Tensors, name: str, found: NVFP4) -> NVFP4:
     rows, halves = found.codes.shape if found.codes.dim() == 2 else (-1, -1)
     if found.scales.shape != (rows, halves * 2 // nvfp4.BLOCK):
         raise CheckpointError(
-            f"{shards.path(name)}: {name} is {list(found.codes.shape)} with {list(found.scales.shape)} block scales; "
-            f"NVFP4 has one for {nvfp4.BLOCK} values of a row"
+            f"{_place(tensors, name)}: {name} is {list(found.codes.shape)} with {list(found.scales.shape)} block "
+            f"scales; NVFP4 has one for {nvfp4.BLOCK} values of a row"
         )
     return found
+
+
+def _place(tensors: Tensors, name: str) -> str:
+    return str(tensors.path(name)) if isinstance(tensors, Shards) else "the published weights"
