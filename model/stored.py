@@ -10,7 +10,7 @@ from torch import Tensor
 
 from palaestra.kernels import fp8, nvfp4
 from palaestra.kernels.fp8 import FP8
-from palaestra.kernels.layouts import GLOBAL, PACKED, SCALE, SCALE2, from_compressed, to_modelopt
+from palaestra.kernels.layouts import GLOBAL, PACKED, SCALE, SCALE2, from_compressed, from_modelopt, to_modelopt
 from palaestra.kernels.linear import Weight
 from palaestra.kernels.nvfp4 import NVFP4
 from palaestra.model.shards import CheckpointError, Shards
@@ -36,16 +36,15 @@ def weight(tensors: Tensors, name: str) -> Weight:
     """One of them, as it is kept. Raises CheckpointError naming a part that is missing or misshapen."""
     if name not in tensors:
         packed = f"{name}{PACKED}"
-        parts = {
-            part: tensors[part] for part in (packed, *_parts(tensors, packed, f"{name}{SCALE}", f"{name}{GLOBAL}"))
-        }
-        return _fitting(tensors, packed, from_compressed(name, parts))
+        _check(tensors, packed, f"{name}{SCALE}", f"{name}{GLOBAL}")
+        return _fitting(tensors, packed, from_compressed(name, tensors))
     tensor = tensors[name]
     if tensor.dtype == torch.uint8:
-        scales, scale2 = _parts(tensors, name, f"{name}{SCALE}", f"{name}{SCALE2}")
-        return _fitting(tensors, name, NVFP4(tensor, tensors[scales], tensors[scale2].float().reshape(())))
+        _check(tensors, name, f"{name}{SCALE}", f"{name}{SCALE2}")
+        return _fitting(tensors, name, from_modelopt(name, tensors))
     if tensor.dtype == torch.float8_e4m3fn:
-        (part,) = _parts(tensors, name, f"{name}{SCALE}")
+        part = f"{name}{SCALE}"
+        _check(tensors, name, part)
         scale = tensors[part]
         if scale.numel() != 1:
             raise CheckpointError(
@@ -78,11 +77,10 @@ def values(kept: Weight) -> Tensor:
     return fp8.dequantize(kept) if isinstance(kept, FP8) else kept
 
 
-def _parts(tensors: Tensors, name: str, *parts: str) -> tuple[str, ...]:
+def _check(tensors: Tensors, name: str, *parts: str) -> None:
     for part in parts:
         if part not in tensors:
             raise CheckpointError(f"{_place(tensors, name)}: {name} has no {part}; fetch the folder anew")
-    return parts
 
 
 def _fitting(tensors: Tensors, name: str, found: NVFP4) -> NVFP4:

@@ -12,7 +12,7 @@ import torch
 from rational import E2M1, E4M3
 from safetensors.torch import load_file
 
-from palaestra.kernels.layouts import from_compressed, take_modelopt, to_compressed, to_modelopt
+from palaestra.kernels.layouts import from_compressed, from_modelopt, to_compressed, to_modelopt
 from palaestra.kernels.nvfp4 import NVFP4, Recipe, dequantize, quantize
 from palaestra.kernels.nvfp4_plain import FOUR_OR_SIX_MAX
 
@@ -134,8 +134,12 @@ def test_what_nvfp4_cannot_hold_is_refused(name, rule):
 def recorded() -> tuple[torch.Tensor, dict[str, NVFP4], dict[str, torch.Tensor]]:
     """The weight; what each maker makes of it, by name; and what some of them dequantise that to."""
     tensors = load_file(RECORDED)
-    names = [name.removesuffix("_packed") for name in tensors if name.endswith("_packed")]
-    made = take_modelopt(tensors) | {name: from_compressed(name, tensors) for name in names}
+    made = {
+        name.removesuffix(part): read(name.removesuffix(part), tensors)
+        for part, read in (("_scale_2", from_modelopt), ("_packed", from_compressed))
+        for name in tensors
+        if name.endswith(part)
+    }
     suffix = ".dequantised"
     values = {name.removesuffix(suffix): tensors[name] for name in tensors if name.endswith(suffix)}
     return tensors["input"], made, values
