@@ -40,20 +40,22 @@ def save(
     """
     tensors = ((name, _stored(name, tensor, dtype)) for name, tensor in model.state_dict().items())
     config = {**model.config.to_hf(), "torch_dtype": _name(dtype or model.lm_head.weight.dtype)}
-    write_folder(folder, config, tensors, tokenizer_hash, shard)
+    write_folder(folder, {CONFIG: config}, tensors, tokenizer_hash, shard)
 
 
 def write_folder(
-    folder: Path, config: dict[str, Any], tensors: Iterable[Named], tokenizer_hash: str = "", shard: int = SHARD
+    folder: Path, documents: dict[str, Any], tensors: Iterable[Named], tokenizer_hash: str = "", shard: int = SHARD
 ) -> None:
-    """Write config.json and tensors as they come, whole or not at all. Raises OSError naming the folder."""
+    """Write JSON files, config.json among them, and tensors as they come, whole or not at all. Raises OSError naming
+    the folder."""
     staged = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
     try:
         staged.mkdir(parents=True)
         write(staged, tensors, {"tokenizer_sha256": tokenizer_hash}, shard)
-        config = {**config, "tokenizer_sha256": tokenizer_hash}
-        (staged / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+        documents = {**documents, CONFIG: {**documents[CONFIG], "tokenizer_sha256": tokenizer_hash}}
+        for name, content in documents.items():
+            (staged / name).write_text(json.dumps(content, indent=1) + "\n")
         _sync(staged)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staged, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""`palaestra model create | convert | fetch | inspect`."""
+"""`palaestra model create | convert | quantize | fetch | inspect`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Make, convert, fetch and look at models.")
+app = typer.Typer(no_args_is_help=True, help="Make, convert, quantise, fetch and look at models.")
 
 
 @app.command()
 def create(
-    preset: Annotated[str, typer.Argument(help="tiny, mini or small")],
+    preset: Annotated[str, typer.Argument(help="tiny, mini, small, base, nano-30b or super-120b")],
     output: Annotated[Path, typer.Option("--output", "-o", help="the folder to write")],
     seed: int = 0,
 ) -> None:
@@ -52,6 +52,37 @@ def convert(
         typer.echo(f"model convert: {error}", err=True)
         raise typer.Exit(1) from None
     typer.echo(f"{output}: {sum(file.stat().st_size for file in output.iterdir()):,} bytes")
+
+
+@app.command()
+def quantize(
+    folder: Annotated[Path, typer.Argument(help="a checkpoint folder in the layout of Nemotron-H")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="the folder to write")],
+    recipe: Annotated[str, typer.Option(help="rl (what the trainer publishes), nano or super (as those were)")] = "rl",
+) -> None:
+    """Write a checkpoint again in NVFP4 and FP8, as ModelOpt does, and show how far off its weights then are."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from palaestra.model.quantization import RECIPES
+    from palaestra.model.quantization import quantize as make
+    from palaestra.model.shards import CheckpointError
+
+    try:
+        if recipe not in RECIPES:
+            raise CheckpointError(f"--recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
+        rows = make(folder, output, recipe)
+    except (CheckpointError, OSError, ValueError) as error:
+        typer.echo(f"model quantize: {error}", err=True)
+        raise typer.Exit(1) from None
+    table = Table("weights of", "number", "format", "bytes", "times smaller than bf16", "error", title=str(output))
+    for row in rows:
+        times = f"{row.before / row.after:.2f}"
+        table.add_row(row.module, str(row.weights), row.format, f"{row.after:,}", times, f"{row.error:.4f}")
+    Console().print(table)
+    before, after = sum(row.before for row in rows), sum(row.after for row in rows)
+    if rows:
+        typer.echo(f"quantised: {before:,} bytes in bf16 became {after:,}, {before / after:.2f} times smaller")
 
 
 @app.command()
