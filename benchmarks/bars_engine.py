@@ -1,4 +1,4 @@
-"""The acceptance bars of model and engine: `make bars GROUP=engine`. Those that are not listed yet are not measured yet."""
+"""The acceptance bars of model and engine: `make bars GROUP=engine`. What is not listed yet is not measured yet."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from bars import Measured, bar
 from cases import measured
 
 PARITY = {
-    "logits, and loading both ways": "_parity.py::test_logits_are_those_of_transformers_and_what_either_saves_the_other_"
-    "loads",
+    "logits, and loading both ways": "_parity.py::test_logits_are_those_of_transformers_"
+    "and_what_either_saves_the_other_loads",
     "128 greedy tokens": "_parity.py::test_greedy_generations_are_those_of_transformers_until_two_tokens_tie",
     "gradients": "_parity.py::test_gradients_are_those_of_transformers",
     "the clamp as a switch": "_parity.py::test_the_clamp_of_transformers_prefill_is_a_switch",
@@ -37,8 +37,8 @@ def _placed(tests: dict[str, str]) -> dict[str, str]:
 BARS = (
     bar(
         1,
-        "32 random configurations in float32: logits within 1e-5 of transformers' largest, 128 greedy tokens equal until "
-        "two tie, gradients within 1e-4, either loads what the other saves; the prediction head as a plain version's",
+        "32 random configurations in float32: logits within 1e-5 of transformers' largest, 128 greedy tokens equal "
+        "until two tie, gradients within 1e-4, either loads what the other saves; the prediction head too",
     )(parity),
     bar(
         8, "a corrupt or foreign checkpoint gives one error that names file and tensor; no pickle is loaded", quick=True

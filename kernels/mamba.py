@@ -108,8 +108,10 @@ def scan(
 
 def _native(tensors: list[Tensor], *widths: int) -> bool:
     """Whether the C takes them."""
-    fit = all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
-    return fit and not any(width % TILE for width in widths) and library() is not None
+    for tensor in tensors:
+        if not tensor.is_cpu or tensor.dtype != torch.float32:
+            return False
+    return not any(width % TILE for width in widths) and library() is not None
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, starts: Tensor | None = None) -> Tensor:
@@ -197,11 +199,6 @@ class Mixer:
         return self.width + len(self.conv_bias) + self.heads
 
     @cached_property
-    def fits(self) -> bool:
-        """Whether the C takes it."""
-        return _native([self.conv], self.dim, self.state)
-
-    @cached_property
     def record(self) -> native.Mamba:
         """What the C reads."""
         return mamba_native.mixer_record(self)
@@ -214,16 +211,6 @@ class Slots:
 
     windows: Tensor
     states: Tensor
-
-    @cached_property
-    def fit(self) -> bool:
-        """Whether the C takes them."""
-        return self.windows.is_cpu and self.windows.dtype == torch.float32
-
-    @cached_property
-    def record(self) -> native.Kept:
-        """Where they are."""
-        return mamba_native.slots_record(self)
 
     @classmethod
     def empty(cls, mixer: Mixer, count: int, dtype: torch.dtype = torch.float32) -> Slots:
@@ -248,7 +235,7 @@ def step(mixer: Mixer, parts: Tensor, slots: Slots, rows: Tensor, seed: int = 0)
     """
     if parts.shape != (len(rows), mixer.inputs):
         raise ValueError(f"{len(rows)} rows, and parts of {list(parts.shape)}")
-    if mixer.fits and slots.fit and parts.is_cpu and parts.dtype == torch.float32:
+    if _native([parts, slots.windows], mixer.dim, mixer.state):
         return mamba_native.step(mixer, parts, slots, rows, seed)
     mamba_native.check(rows, len(slots.states))
     return step_plain(mixer, parts, slots, rows, seed)

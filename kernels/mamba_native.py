@@ -274,19 +274,15 @@ def step(mixer: Mixer, parts: Tensor, slots: Slots, rows: Tensor, seed: int) -> 
     count, stride = parts.shape
     y = parts.new_empty(count, mixer.width)
     places = parts.data_ptr(), y.data_ptr(), rows.data_ptr()
-    call = native.MambaStep(ctypes.addressof(mixer.record), *places, slots.record, count, stride, seed, mixer.eps)
+    states = slots.states
+    kept = native.Kept(pointer(slots.windows), pointer(states), len(states), KINDS[states.dtype])
+    call = native.MambaStep(ctypes.addressof(mixer.record), *places, kept, count, stride, seed, mixer.eps)
     refused = found.mamba_step(ctypes.byref(call), torch.get_num_threads())
     if refused == native.NO_SLOT:
-        check(rows, slots.record.count)
+        check(rows, len(states))
     if refused:
         raise MemoryError(f"no memory for a step of {count} conversations")
     return y
-
-
-def slots_record(slots: Slots) -> native.Kept:
-    """The record of contiguous slots. It points to them."""
-    states = slots.states
-    return native.Kept(pointer(slots.windows), pointer(states), len(states), KINDS[states.dtype])
 
 
 def check(rows: Tensor, count: int) -> None:

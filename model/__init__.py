@@ -1,6 +1,9 @@
 """The policy network: the Nemotron 3 family, its checkpoints, tokenizer and renderer."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from palaestra.model.checkpoint import load, save
 
 __all__ = ["load", "save"]
 

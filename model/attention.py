@@ -44,8 +44,8 @@ class Attention(nn.Module):
         if total > state[0].shape[2]:
             raise ValueError(f"attention cache holds {state[0].shape[2]} tokens a row; {total} are needed")
         rows = torch.arange(len(past), device=q.device)[:, None]
-        state[0][rows, :, at] = k.transpose(1, 2)
-        state[1][rows, :, at] = v.transpose(1, 2)
+        for part, fresh in zip(state, (k, v), strict=True):
+            part[rows, :, at] = fresh.transpose(1, 2).to(part.dtype)
         keys, values = (part[:, :, :total].to(q.dtype) for part in state)
         mask = torch.arange(total, device=q.device) <= at[:, None, :, None]
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)

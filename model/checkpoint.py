@@ -36,7 +36,7 @@ def save(
     """Write a checkpoint folder, whole or not at all. Raises OSError naming the folder (a full disk, say).
 
     dtype: of matrices (None: as they are), the router's aside, which stay float32 like all vectors; shard: bytes of
-    tensors in a file, more than which are not held beside the model.
+    tensors in a file, beside which and the model no more than one tensor is held.
     """
     tensors = ((name, _stored(name, tensor, dtype)) for name, tensor in model.state_dict().items())
     config = {**model.config.to_hf(), "torch_dtype": _name(dtype or model.lm_head.weight.dtype)}
@@ -82,8 +82,8 @@ def locate(reference: str) -> Path:
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Hybrid:
     """Read a checkpoint folder: bf16, float32, and what is in NVFP4 or FP8, dequantised.
 
-    `dtype` is that of matrices, as in `Hybrid.empty`. No more than the model and one tensor is held. Raises
-    CheckpointError naming file and tensor.
+    `dtype` is that of matrices, as in `Hybrid.empty`. Beside the model no more than one tensor is held; the files are
+    mapped. Raises CheckpointError naming file and tensor.
     """
     with opened(folder) as (config, kept):
         model = Hybrid.empty(config, dtype)
@@ -181,8 +181,8 @@ def tokenizer_hash(folder: Path) -> str:
 def replace(folder: Path, staged: Path) -> None:
     """Put `staged` in the place of `folder`, whose old content stays at hand until the new one is in place."""
     old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     staged.rename(folder)
     shutil.rmtree(old, ignore_errors=True)

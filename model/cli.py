@@ -46,8 +46,8 @@ def convert(
     try:
         if dtype not in dtypes:
             raise CheckpointError(f"--dtype {dtype!r}: choose one of {', '.join(dtypes)}")
-        model = checkpoint.load(folder)
-        checkpoint.save(model, output, checkpoint.tokenizer_hash(folder), dtypes[dtype])
+        model = checkpoint.load(folder, dtypes[dtype])
+        checkpoint.save(model, output, checkpoint.tokenizer_hash(folder))
     except (CheckpointError, OSError) as error:
         typer.echo(f"model convert: {error}", err=True)
         raise typer.Exit(1) from None

@@ -18,43 +18,43 @@ LETTERS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp
 WORDS = {word: letter for letter, word in LETTERS.items()} | {"mamba": "M", "attention": "*"}
 """Layer kinds as transformers spells them, newer and older."""
 DEPTHS = 2
-"""How many tokens ahead of the next one the multi-token-prediction head is trained to see, unless a file says so."""
+"""How many tokens beyond the next one the multi-token-prediction head foretells, unless a file says so."""
 
 
 class ModelConfig(BaseModel):
     """Shapes of a model. `hybrid_override_pattern`: M Mamba-2, * attention, E LatentMoE, - MLP, a letter a layer.
 
-    `num_nextn_predict_layers`: multi-token-prediction blocks, 0 or 1; the one is applied again at every depth, of which
-    `mtp_depths` are trained. `nvfp4`: patterns of module names whose weights are quantised. `hf_dt_clamp`: clamp
+    `num_nextn_predict_layers`: multi-token-prediction blocks, 0 or 1; the one is applied again at each of
+    `mtp_depths` depths. `nvfp4`: patterns of module names whose weights are quantised. `hf_dt_clamp`: clamp
     Mamba's time step from below as transformers' prefill does (its own decoding does not); for parity tests.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    vocab_size: int = 2048
+    vocab_size: int = Field(default=2048, gt=0)
     hidden_size: int = Field(default=128, gt=0)
     hybrid_override_pattern: str
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-    head_dim: int = 32
-    mamba_num_heads: int = 4
-    mamba_head_dim: int = 64
-    ssm_state_size: int = 32
-    n_groups: int = 1
-    conv_kernel: int = 4
-    chunk_size: int = 64
+    num_attention_heads: int = Field(default=4, gt=0)
+    num_key_value_heads: int = Field(default=2, gt=0)
+    head_dim: int = Field(default=32, gt=0)
+    mamba_num_heads: int = Field(default=4, gt=0)
+    mamba_head_dim: int = Field(default=64, gt=0)
+    ssm_state_size: int = Field(default=32, gt=0)
+    n_groups: int = Field(default=1, gt=0)
+    conv_kernel: int = Field(default=4, gt=0)
+    chunk_size: int = Field(default=64, gt=0)
     time_step_min: float = 1e-3
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
-    intermediate_size: int = 256
-    n_routed_experts: int = 16
-    num_experts_per_tok: int = 4
-    moe_intermediate_size: int = 128
-    moe_shared_expert_intermediate_size: int = 256
+    intermediate_size: int = Field(default=256, gt=0)
+    n_routed_experts: int = Field(default=16, gt=0)
+    num_experts_per_tok: int = Field(default=4, gt=0)
+    moe_intermediate_size: int = Field(default=128, gt=0)
+    moe_shared_expert_intermediate_size: int = Field(default=256, gt=0)
     moe_latent_size: int | None = None
     routed_scaling_factor: float = 1.0
-    n_group: int = 1
-    topk_group: int = 1
+    n_group: int = Field(default=1, gt=0)
+    topk_group: int = Field(default=1, gt=0)
     norm_topk_prob: bool = True
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
@@ -77,6 +77,10 @@ class ModelConfig(BaseModel):
                 raise ValueError(f"{key} {pattern!r}: use the letters {', '.join(LETTERS)}")
         if "M" in self.mtp_hybrid_override_pattern:
             raise ValueError("mtp_hybrid_override_pattern: a prediction block has no Mamba layers")
+        if self.num_experts_per_tok > self.n_routed_experts:
+            raise ValueError(f"{self.num_experts_per_tok} experts a token are more than all {self.n_routed_experts}")
+        if any(pattern.startswith("mtp.") for pattern in self.nvfp4):
+            raise ValueError("nvfp4 names modules of the prediction head, which is never quantised")
         if self.num_attention_heads % self.num_key_value_heads or self.mamba_num_heads % self.n_groups:
             raise ValueError("attention heads must divide by KV heads, and Mamba heads by n_groups")
         return self
@@ -113,11 +117,13 @@ class ModelConfig(BaseModel):
         Raises ValueError for what this network lacks.
         """
         raw = json.loads(path.read_text())
+        if not isinstance(raw, dict):
+            raise ValueError(f"an object is expected, not {type(raw).__name__}")
         for key, words in (
             ("hybrid_override_pattern", "layers_block_type"),
             ("mtp_hybrid_override_pattern", "mtp_layers_block_type"),
         ):
-            if raw.get(key) is None and raw.get(words):
+            if raw.get(key) is None and isinstance(raw.get(words), list):
                 raw[key] = "".join(_letter(word, words) for word in raw[words])
         unlike = sorted(key for key, value in FIXED.items() if raw.get(key, value) != value)
         if unlike:
@@ -130,8 +136,8 @@ def module_of(name: str) -> str:
     return re.sub(r"\.experts\.\d+\.", ".experts.", name).removesuffix(".weight")
 
 
-def _letter(word: str, key: str) -> str:
+def _letter(word: Any, key: str) -> str:
     """A layer kind's letter. Raises ValueError for one that this network lacks."""
-    if word not in WORDS:
+    if not isinstance(word, str) or word not in WORDS:
         raise ValueError(f"{key} has {word!r}, which is none of {', '.join(WORDS)}")
     return WORDS[word]

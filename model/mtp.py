@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from palaestra.model.block import Block
-from palaestra.model.cache import Cache
 from palaestra.model.config import ModelConfig
 from palaestra.model.layers import Linear, RMSNorm
 
@@ -37,7 +36,7 @@ class Prediction(nn.Module):
             PredictionLayer(letter, config, at == 0, at == len(pattern) - 1) for at, letter in enumerate(pattern)
         )
 
-    def forward(self, hidden: Tensor, embedded: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, embedded: Tensor) -> Tensor:
         """The next depth's hidden states float[B, L, hidden], from which `lm_head` foretells the token after the next.
 
         hidden float[B, L, hidden]: the trunk's behind its last norm, or those of the depth before; embedded
@@ -47,6 +46,6 @@ class Prediction(nn.Module):
         last: Any = self.layers[-1]
         x = first.eh_proj(torch.cat([first.enorm(embedded), first.hnorm(hidden)], -1))
         for index, layer in enumerate(self.layers):
-            x = layer(x, None, cache, index)
+            x = layer(x, None, None, index)
         result: Tensor = last.final_layernorm(x)
         return result

@@ -17,9 +17,8 @@ from palaestra.model.config import ModelConfig
 from palaestra.model.layers import Linear, RMSNorm, stays_float32
 from palaestra.model.moe import Experts, Router
 from palaestra.model.mtp import Prediction
+from palaestra.model.shards import Named
 from palaestra.model.stored import names, values, weight
-
-Named = tuple[str, Tensor]
 
 
 class Backbone(nn.Module):

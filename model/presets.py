@@ -61,7 +61,6 @@ PRESETS: dict[str, ModelConfig] = {
         moe_latent_size=256,
         moe_intermediate_size=512,
         moe_shared_expert_intermediate_size=1536,
-        num_nextn_predict_layers=1,
     ),
     "nano-30b": ModelConfig(
         hybrid_override_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",

@@ -48,18 +48,12 @@ def nano(module: str, config: ModelConfig) -> str:
 
 
 def super_(module: str, config: ModelConfig) -> str:
-    """As Nemotron 3 Super was: routed experts in NVFP4; Mamba's projections, shared experts, latent and attention output
-    projections in FP8."""
+    """As Nemotron 3 Super was: routed experts in NVFP4; shared experts and the projections of Mamba, of the latent
+    space and out of attention in FP8."""
     _, part = _place(module)
     if ".experts." in module:
         return NVFP4
-    eighth = fnmatchcase(module, "*.shared_experts.*") or part in (
-        *MAMBA,
-        "o_proj",
-        "fc1_latent_proj",
-        "fc2_latent_proj",
-    )
-    return FP8 if eighth else KEPT
+    return FP8 if ".shared_experts." in module or part in IN_FP8 else KEPT
 
 
 RECIPES: dict[str, Chooser] = {"rl": rl, "nano": nano, "super": super_}
@@ -109,7 +103,7 @@ def quantize(folder: Path, output: Path, recipe: str) -> list[Row]:
     """Write a checkpoint anew, quantised, weight after weight; the global scales are powers of two, the block scales of
     least squared error, and all else is in bf16, the router and vectors in float32.
 
-    Raises KeyError for an unknown recipe, CheckpointError, OSError, and ValueError naming a weight that NVFP4 cannot hold.
+    Raises KeyError for an unknown recipe, CheckpointError, OSError, and ValueError naming a weight that cannot be held.
     """
     report = Report()
     with opened(folder) as (config, kept):

@@ -27,20 +27,30 @@ class CheckpointError(Exception):
 
 
 class Shards(Mapping[str, Tensor]):
-    """The tensors of a folder by name, each read when it is asked for. Raises CheckpointError naming the file."""
+    """The tensors of a folder by name, views of its files that are read where they are looked at: not to be written to.
+
+    Raises CheckpointError naming a file that cannot be read, or that holds what the index does not say.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self._open = ExitStack()
         self._files: dict[str, tuple[Path, Any]] = {}
         self.metadata: dict[str, str] = {}
-        for path, names in _listed(folder).items():
-            file = self._opened(path)
-            self.metadata |= file.metadata() or {}
-            held = set(file.keys())
-            for name in held if names is None else names:
-                if name not in held:
-                    raise CheckpointError(f"{path} lacks {name}, which {INDEX} says it holds; fetch the folder anew")
-                self._files[name] = (path, file)
+        with ExitStack() as files:
+            for path, names in _listed(folder).items():
+                self._take(path, _opened(path, files), names)
+            self._open = files.pop_all()
+
+    def _take(self, path: Path, file: Any, names: set[str] | None) -> None:
+        held = set(file.keys())
+        if names is not None and names != held:
+            name = min(names ^ held)
+            trouble = "lacks" if name in names else "holds"
+            raise CheckpointError(f"{path} {trouble} {name}, unlike what {INDEX} says; fetch the folder anew")
+        metadata = file.metadata() or {}
+        for key, value in metadata.items():
+            if self.metadata.setdefault(key, value) != value:
+                raise CheckpointError(f"{path}: its {key} is {value!r}, another file's {self.metadata[key]!r}")
+        self._files |= dict.fromkeys(held, (path, file))
 
     def __enter__(self) -> Shards:
         return self
@@ -58,7 +68,7 @@ class Shards(Mapping[str, Tensor]):
         return len(self._files)
 
     def __getitem__(self, name: str) -> Tensor:
-        """A copy. Raises KeyError for a name that there is not, CheckpointError for what cannot be read."""
+        """Raises KeyError for a name that there is not, CheckpointError for what cannot be read."""
         path, file = self._files[name]
         try:
             tensor: Tensor = file.get_tensor(name)
@@ -70,18 +80,17 @@ class Shards(Mapping[str, Tensor]):
         """The file that holds a tensor, or the packed codes of one."""
         return self._files[name if name in self._files else f"{name}{PACKED}"][0]
 
-    def _opened(self, path: Path) -> Any:
-        try:
-            return self._open.enter_context(safe_open(str(path), framework="pt"))
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing; fetch or write it anew") from None
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path} is damaged or no safetensors file ({error}); fetch or write it anew"
-            ) from error
+
+def _opened(path: Path, files: ExitStack) -> Any:
+    try:
+        return files.enter_context(safe_open(str(path), framework="pt"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; fetch or write it anew") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file ({error}); fetch or write it anew") from error
 
 
-def _listed(folder: Path) -> dict[Path, list[str] | None]:
+def _listed(folder: Path) -> dict[Path, set[str] | None]:
     """The weight files, and the names that an index says they hold (None: whatever they do)."""
     index = folder / INDEX
     if not index.exists():
@@ -95,26 +104,40 @@ def _listed(folder: Path) -> dict[Path, list[str] | None]:
         return {folder / WEIGHTS: None}
     try:
         entries = json.loads(index.read_text())["weight_map"].items()
-        found: dict[Path, list[str] | None] = {}
+        found: dict[Path, set[str] | None] = {}
         for name, file in entries:
-            if Path(file).name != file:
+            if Path(file).name != file or file in ("", ".", ".."):
                 raise ValueError(f"{file!r} lies outside the folder")
-            found.setdefault(folder / file, []).append(name)  # type: ignore[union-attr]
+            found.setdefault(folder / file, set()).add(name)  # type: ignore[union-attr]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is damaged ({error!r}); fetch it anew") from error
     return found
 
 
 def write(folder: Path, tensors: Iterable[Named], metadata: dict[str, str], size: int = SHARD) -> None:
-    """Write tensors as they come, so that no more than `size` bytes of them are held; an index, where one file does not
-    take all. Raises OSError, SafetensorError."""
+    """Write tensors as they come, so that no more than `size` bytes and one tensor are held; an index, where one file
+    does not take all. Raises OSError, SafetensorError."""
     parts: list[tuple[Path, list[str]]] = []
+    part: dict[str, Tensor] = {}
     total = 0
-    for part in _parts(tensors, size):
+
+    def flush() -> None:
         path = folder / f"part-{len(parts)}"
-        save_file({name: tensor.contiguous() for name, tensor in part.items()}, path, {"format": "pt", **metadata})
+        save_file(part, path, {"format": "pt", **metadata})
         parts.append((path, list(part)))
-        total += sum(tensor.nbytes for tensor in part.values())
+        part.clear()
+
+    for name, tensor in tensors:
+        if part and sum(kept.nbytes for kept in part.values()) + tensor.nbytes > size:
+            flush()
+        part[name] = tensor.contiguous()
+        total += tensor.nbytes
+    flush()
+    _name(folder, parts, total)
+
+
+def _name(folder: Path, parts: list[tuple[Path, list[str]]], total: int) -> None:
+    """Give the files that were written their names, and an index where there are several."""
     if len(parts) == 1:
         parts[0][0].rename(folder / WEIGHTS)
         return
@@ -125,15 +148,3 @@ def write(folder: Path, tensors: Iterable[Named], metadata: dict[str, str], size
         places |= dict.fromkeys(names, target.name)
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-
-
-def _parts(tensors: Iterable[Named], size: int) -> Iterator[dict[str, Tensor]]:
-    part: dict[str, Tensor] = {}
-    held = 0
-    for name, tensor in tensors:
-        if part and held + tensor.nbytes > size:
-            yield part
-            part, held = {}, 0
-        part[name] = tensor
-        held += tensor.nbytes
-    yield part

@@ -15,6 +15,8 @@ from palaestra.kernels.linear import Weight
 from palaestra.kernels.nvfp4 import NVFP4
 from palaestra.model.shards import CheckpointError, Shards
 
+PLAIN = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of weights that are their own numbers."""
 ACTIVATIONS = (".input_scale", "_input_global_scale", ".input_global_scale", ".k_scale", ".v_scale")
 """Scales of activations and caches, which weights do without."""
 
@@ -33,26 +35,21 @@ def names(tensors: Tensors) -> Iterator[str]:
 
 
 def weight(tensors: Tensors, name: str) -> Weight:
-    """One of them, as it is kept. Raises CheckpointError naming a part that is missing or misshapen."""
-    if name not in tensors:
-        packed = f"{name}{PACKED}"
-        _check(tensors, packed, f"{name}{SCALE}", f"{name}{GLOBAL}")
+    """One of them, as it is kept. Raises CheckpointError naming a part that is missing, misshapen or too much."""
+    packed = f"{name}{PACKED}"
+    if packed in tensors:
+        _check(tensors, packed, {f"{name}{SCALE}", f"{name}{GLOBAL}"}, f"{name}{GLOBAL}")
         return _fitting(tensors, packed, from_compressed(name, tensors))
     tensor = tensors[name]
     if tensor.dtype == torch.uint8:
-        _check(tensors, name, f"{name}{SCALE}", f"{name}{SCALE2}")
+        _check(tensors, name, {f"{name}{SCALE}", f"{name}{SCALE2}"}, f"{name}{SCALE2}")
         return _fitting(tensors, name, from_modelopt(name, tensors))
     if tensor.dtype == torch.float8_e4m3fn:
-        part = f"{name}{SCALE}"
-        _check(tensors, name, part)
-        scale = tensors[part]
-        if scale.numel() != 1:
-            raise CheckpointError(
-                f"{_place(tensors, part)}: {part} has {list(scale.shape)} scales; FP8 weights with one are read"
-            )
-        return FP8(tensor, scale.float().reshape(()))
-    if not tensor.dtype.is_floating_point:
+        _check(tensors, name, {f"{name}{SCALE}"}, f"{name}{SCALE}")
+        return FP8(tensor, tensors[f"{name}{SCALE}"].float().reshape(()))
+    if tensor.dtype not in PLAIN:
         raise CheckpointError(f"{_place(tensors, name)}: {name} is {tensor.dtype}, which no weight is kept in")
+    _check(tensors, name, set())
     return tensor
 
 
@@ -77,10 +74,19 @@ def values(kept: Weight) -> Tensor:
     return fp8.dequantize(kept) if isinstance(kept, FP8) else kept
 
 
-def _check(tensors: Tensors, name: str, *parts: str) -> None:
-    for part in parts:
-        if part not in tensors:
-            raise CheckpointError(f"{_place(tensors, name)}: {name} has no {part}; fetch the folder anew")
+def _check(tensors: Tensors, name: str, parts: set[str], single: str = "") -> None:
+    """Whether a weight has just the parts of its kind, and one global scale."""
+    stem = name.removesuffix(PACKED)
+    others = {stem, *(stem + end for end in (PACKED, SCALE, SCALE2, GLOBAL))} - {name}
+    found = {part for part in others if part in tensors}
+    if found != parts:
+        part = min(found ^ parts)
+        trouble = "no" if part in parts else "a strange"
+        raise CheckpointError(f"{_place(tensors, name)}: {name} has {trouble} {part}; fetch the folder anew")
+    if single and tensors[single].numel() != 1:
+        raise CheckpointError(
+            f"{_place(tensors, single)}: {single} has {list(tensors[single].shape)} numbers, and one is read"
+        )
 
 
 def _fitting(tensors: Tensors, name: str, found: NVFP4) -> NVFP4:

@@ -9,7 +9,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from palaestra.kernels import fp8, native, nvfp4
@@ -125,8 +125,54 @@ def test_products_are_those_of_float64_and_of_every_tier(rows, blocks, batch, ki
         assert ((one - other).abs() <= 2 * EPS * (16 * blocks + 4) * terms).all()
 
 
+HELPERS = """
+import os, sys, torch
+from palaestra.kernels import nvfp4
+from palaestra.kernels.linear import linear, pack
+from palaestra.kernels.native import library
+
+def tasks():
+    return {int(name) for name in os.listdir("/proc/self/task")}
+
+def helpers():
+    before = tasks()
+    assert torch.equal(linear(found, x, weight, threads=2), wanted)
+    return before, tasks()
+
+two = set(sorted(os.sched_getaffinity(0))[:2])
+os.sched_setaffinity(0, two)
+found, x = library(), torch.ones(2, 512)
+weight = pack(found, nvfp4.quantize(torch.randn(512, 512)))
+wanted = linear(found, x, weight)
+before, after = helpers()
+(helper,) = after - before
+assert len(os.sched_getaffinity(helper)) == 1 and os.sched_getaffinity(helper) < two
+one = os.sched_getaffinity(helper)
+os.sched_setaffinity(0, one)
+helpers()
+assert os.sched_getaffinity(helper) == one
+os.sched_setaffinity(0, two)
+helpers()
+assert len(os.sched_getaffinity(helper)) == 1
+if not (child := os.fork()):
+    before, after = helpers()
+    assert len(after - before) == 1 and os.sched_getaffinity((after - before).pop()) < two
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_helpers_keep_off_their_callers_core_while_it_has_another_and_after_a_fork_too():
+    command = [sys.executable, "-P", "-c", HELPERS]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @settings(max_examples=15, deadline=None)
 @given(rows=st.integers(1, 40), blocks=st.integers(1, 40), batch=st.integers(1, 9), seed=st.integers(0, 2**31))
+@example(rows=4100, blocks=17, batch=1, seed=0).via("more codes than count as near")
+@example(rows=40, blocks=40, batch=9, seed=0).via("converted on threads, on the heap")
 def test_products_with_int8_activations_are_within_their_rounding(rows, blocks, batch, seed):
     generator = torch.Generator().manual_seed(seed)
     weight = nvfp4.quantize(torch.randn(rows, 16 * blocks, generator=generator))
@@ -135,7 +181,8 @@ def test_products_with_int8_activations_are_within_their_rounding(rows, blocks, 
     bound = steps @ nvfp4.dequantize(weight).abs().T * 0.501 + 1e-6
     for name in tiers():
         of = Library(FILE, name)
-        assert ((linear(of, x, pack(of, weight), int8=True) - linear_plain(x, weight)).abs() <= bound).all()
+        found = linear(of, x, pack(of, weight), threads=2, int8=True)
+        assert ((found - linear_plain(x, weight)).abs() <= bound).all()
 
 
 def amid_nan(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from palaestra.kernels import fp8, nvfp4
 from palaestra.kernels.layouts import to_compressed, to_modelopt
 from palaestra.model import load, save
+from palaestra.model.cache import Cache
 from palaestra.model.config import ModelConfig
 from palaestra.model.network import Hybrid
-from palaestra.model.shards import CheckpointError
+from palaestra.model.shards import CheckpointError, write
 
 CONFIG = ModelConfig(
     hybrid_override_pattern="ME*-",
@@ -111,15 +113,18 @@ def test_quantised_weights_are_read_as_their_values(folder, layout):
 
 
 class Trap:
-    """Unpickled, it runs a command."""
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def __reduce__(self):
-        return open, ("/tmp/trap", "w")
+        return open, (str(self.path), "w")
 
 
 def pickled(folder: Path, name: str) -> None:
     (folder / WEIGHTS).unlink()
-    (folder / name).write_bytes(pickle.dumps(Trap()))
+    (folder / name).write_bytes(pickle.dumps(Trap(folder.parent / "trap")))
 
 
 DAMAGE = {
@@ -161,6 +166,24 @@ DAMAGE = {
         ),
         r"with \[32, 2\] block scales",
     ),
+    "two global scales": (
+        lambda f: changed(
+            f, lambda t: t.update({**to_modelopt(UP, nvfp4.quantize(t[UP])), f"{UP}_scale_2": torch.ones(2)})
+        ),
+        rf"{UP}_scale_2 has \[2\] numbers",
+    ),
+    "a scale of nothing": (
+        lambda f: changed(f, lambda t: t.update({f"{UP}_scale": torch.ones(())})),
+        rf"{UP} has a strange {UP}_scale",
+    ),
+    "packed and plain": (
+        lambda f: changed(f, lambda t: t.update(to_compressed(UP, nvfp4.quantize(t[UP])))),
+        rf"{UP}_packed has a strange {UP}",
+    ),
+    "another FP8": (
+        lambda f: changed(f, lambda t: t.update({UP: t[UP].to(torch.float8_e5m2), f"{UP}_scale": torch.ones(())})),
+        rf"{UP} is torch\.float8_e5m2",
+    ),
     "integers": (
         lambda f: changed(f, lambda t: t.update({UP: torch.zeros(32, 16, dtype=torch.int32)})),
         rf"{UP} is torch\.int32",
@@ -177,6 +200,13 @@ DAMAGE = {
     ),
     "no pattern": (lambda f: reconfigured(f, hybrid_override_pattern=None), r"config\.json: .*hybrid_override_pattern"),
     "wrong type": (lambda f: reconfigured(f, hidden_size="wide"), r"config\.json: hidden_size"),
+    "no object": (lambda f: (f / "config.json").write_text("[]"), r"config\.json: an object is expected, not list"),
+    "words that are none": (
+        lambda f: reconfigured(f, hybrid_override_pattern=None, layers_block_type=[["mamba"]]),
+        r"config\.json: layers_block_type has \['mamba'\]",
+    ),
+    "no heads": (lambda f: reconfigured(f, num_key_value_heads=0), r"config\.json: num_key_value_heads"),
+    "too many experts": (lambda f: reconfigured(f, num_experts_per_tok=9), r"config\.json: .*9 experts a token"),
     "tied": (lambda f: reconfigured(f, tie_word_embeddings=True), r"config\.json: .*tie_word_embeddings = True"),
 }
 
@@ -189,7 +219,11 @@ def test_a_corrupt_or_foreign_checkpoint_is_refused_by_file_and_tensor(folder, d
         load(folder)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert not Path("/tmp/trap").exists()
+    assert not (folder.parent / "trap").exists()
+
+
+def index_of(folder: Path) -> dict[str, str]:
+    return json.loads((folder / INDEX).read_text())["weight_map"]
 
 
 SHARDS = {
@@ -204,7 +238,21 @@ SHARDS = {
         lambda f: (f / INDEX).write_text(
             json.dumps({"weight_map": {"lm_head.weight": "model-00001-of-00006.safetensors"}})
         ),
-        r"model-00001.* lacks lm_head\.weight",
+        r"model-00001.* (lacks|holds) \S+, unlike what",
+    ),
+    "a tensor too many": (
+        lambda f: (f / INDEX).write_text(
+            json.dumps({"weight_map": {n: file for n, file in index_of(f).items() if not n.startswith("mtp.")}})
+        ),
+        r"holds mtp\.",
+    ),
+    "files of two checkpoints": (
+        lambda f: save_file(
+            load_file(f / "model-00002-of-00006.safetensors"),
+            f / "model-00002-of-00006.safetensors",
+            {"tokenizer_sha256": "other"},
+        ),
+        r"model-00002.*: its tokenizer_sha256 is 'other'|another file's 'other'",
     ),
     "a file outside": (
         lambda f: (f / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "../x.safetensors"}})),
@@ -220,6 +268,33 @@ def test_damage_to_one_of_many_files_is_refused_by_its_name(sharded, damage):
     harm(sharded)
     with pytest.raises(CheckpointError, match=named):
         load(sharded)
+
+
+def test_a_bf16_model_goes_on_from_a_cache(folder):
+    model = load(folder, torch.bfloat16)
+    ids = torch.randint(0, 64, (2, 9))
+    cache = Cache.empty(CONFIG, 2, 16)
+    with torch.no_grad():
+        whole = model(ids)
+        model(ids[:, :6], None, cache)
+        steps = torch.cat([model(ids[:, at : at + 1], None, cache) for at in range(6, 9)], 1)
+    assert float((steps - whole[:, 6:]).norm() / whole[:, 6:].norm()) < 0.02
+
+
+def test_no_more_than_a_file_and_a_tensor_is_held_while_writing(tmp_path):
+    alive, most = weakref.WeakSet(), 0
+
+    def tensors():
+        nonlocal most
+        for at in range(12):
+            tensor = torch.zeros(1000)
+            alive.add(tensor)
+            most = max(most, len(alive))
+            yield f"t{at}", tensor
+
+    write(tmp_path, tensors(), {}, 4 * 4000)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    assert most <= 6
 
 
 def test_a_head_that_another_program_dropped_is_missed_once(folder):

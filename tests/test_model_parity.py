@@ -168,6 +168,7 @@ def test_gradients_are_those_of_transformers(seed, tmp_path):
     for logits in (model(ids), other(ids).logits):
         loss(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     renamed = {name.replace("backbone.", "model."): p for name, p in model.named_parameters() if p.grad is not None}
+    assert {name for name, parameter in other.named_parameters() if parameter.requires_grad} == renamed.keys()
     gradients = {name: parameter.grad for name, parameter in other.named_parameters() if parameter.grad is not None}
     rounding = EPS * float(torch.cat([gradient.flatten() for gradient in gradients.values()]).norm())
     for name, wanted in gradients.items():

@@ -17,6 +17,8 @@ from palaestra.trainer.optim import OptimConfig, Optimiser, is_router
 from palaestra.trainer.world import Solo, World
 
 Metrics = dict[str, float]
+PREDICTION = "mtp."
+"""Of the multi-token-prediction head, which stays as it is."""
 
 
 class Trainable(Protocol):
@@ -68,7 +70,8 @@ class Learner:
         self._world = world or Solo()
         model.train(config.train_router)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(config.train_router or not is_router(name))
+            moves = config.train_router or not is_router(name)
+            parameter.requires_grad_(moves and not name.startswith(PREDICTION))
         self.optimiser = Optimiser(model, optim)
 
     @property

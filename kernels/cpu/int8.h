@@ -1,5 +1,6 @@
-/* y = x W^T for NVFP4 weights and activations that are rounded to int8, a scale a group of blocks: products of bytes, several times
-   as many an instruction as of floats. For weights that come from memory, whose way is then all that counts. */
+/* y = x W^T for NVFP4 weights and activations that are rounded to int8, several blocks of them under one scale: products of
+   bytes, several times as many an instruction as of floats. For weights that come from memory, whose way is then all that
+   counts. */
 
 typedef int8_t sixteen __attribute__((vector_size(BLOCK)));
 
@@ -12,7 +13,7 @@ INLINE sixteen ordered(sixteen x) {
 #endif
 }
 
-#define GROUP 4 /* blocks under one scale */
+#define BLOCKS_A_SCALE 4 /* blocks under one scale */
 #define INT8_NEAR (1 << 20) /* codes of a weight that is likely to lie in the cache */
 #define INT8_SUMS (PARTS * (INT8_ROWS > INT8_TILES ? INT8_ROWS : INT8_TILES)) /* vectors under way, at most */
 #define SMALLEST 1e-36f /* 127 divided by less than that is no number */
@@ -32,8 +33,8 @@ INLINE float largest_of(const float *x, long count) {
 
 /* Floats -> bytes: a scale amax / 127 a group, to nearest. Where a value is no number, neither is the scale. */
 static void to_bytes(const float *x, long blocks, struct bytes *to) {
-    for (long first = 0; first < blocks; first += GROUP) {
-        const long last = first + GROUP < blocks ? first + GROUP : blocks;
+    for (long first = 0; first < blocks; first += BLOCKS_A_SCALE) {
+        const long last = first + BLOCKS_A_SCALE < blocks ? first + BLOCKS_A_SCALE : blocks;
         const float most = largest_of(x + first * BLOCK, (last - first) * BLOCK);
         const float inverse = most >= SMALLEST && most < INFINITY ? 127 / most : 0;
         for (long block = first; block < last; block++) {
@@ -70,11 +71,11 @@ INLINE void int8_block(const struct pass *p, const struct bytes *x, const int ro
 INLINE void int8_outputs(const struct pass *p, const struct bytes *x, const int rows, const int wide) {
     const long columns = p->w->columns, blocks = columns / BLOCK;
     vec total[INT8_SUMS] = {0};
-    for (long first = 0; first < blocks; first += GROUP) {
+    for (long first = 0; first < blocks; first += BLOCKS_A_SCALE) {
         vec part[INT8_SUMS] = {0};
-        if (first + GROUP <= blocks) {
+        if (first + BLOCKS_A_SCALE <= blocks) {
 #pragma GCC unroll 4
-            for (long block = first; block < first + GROUP; block++) int8_block(p, x, rows, wide, block, part);
+            for (long block = first; block < first + BLOCKS_A_SCALE; block++) int8_block(p, x, rows, wide, block, part);
         } else
             for (long block = first; block < blocks; block++) int8_block(p, x, rows, wide, block, part);
         for (int at = 0; at < rows * wide; at++) total[at] += part[at] * x[at / wide * blocks + first].scale;

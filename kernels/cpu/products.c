@@ -30,6 +30,7 @@ static void product_piece(void *work, long index, long thread) {
     p->run(p, p->w->tiles * index / p->pieces, p->w->tiles * (index + 1) / p->pieces);
 }
 
+_Static_assert(sizeof(struct bytes) <= BLOCK * sizeof(float), "room for floats must do for bytes");
 #define FEW 4096 /* activations that are converted without memory from the heap */
 
 static void row_as_floats(void *work, long row, long thread) {

@@ -94,7 +94,7 @@ struct batch {
 };
 
 /* 16 activations as int8, in the order in which the kernels meet the columns; what the offset of the weights' codes adds to
-   every dot product with them; their scale. */
+   every dot product with them; their scale, which they share with the blocks of their group. */
 struct bytes {
     int8_t values[BLOCK];
     int32_t offset;

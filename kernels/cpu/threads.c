@@ -21,7 +21,7 @@ static struct {
     void *work;
     long helpers;
     pthread_t threads[THREADS_MOST]; /* the helpers' */
-    int core; /* the caller's, from which helpers are kept away; -1: not known yet */
+    int core; /* the caller's, from which helpers are kept away; -1: from none */
 } team = {.used = PTHREAD_MUTEX_INITIALIZER, .asleep = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
 
 static uint64_t ticket_of(uint64_t number, long threads, long pieces) {
@@ -78,17 +78,18 @@ static void forget_helpers(void) { /* in a forked child, which has none */
     atomic_store(&team.ticket, 0);
 }
 
-/* Helpers may run on any core that the caller may have, but for the one that it is on: Linux likes to wake a thread where
-   the one runs that wakes it, and would leave both there for some ten milliseconds. */
+/* Keep helpers off the core that the caller is on, where they may need all cores: Linux likes to wake a thread where the
+   one runs that wakes it, and would leave both there for some ten milliseconds. */
 static void keep_apart(void) {
 #if defined(__linux__)
     const int core = sched_getcpu();
     cpu_set_t allowed;
     if (core < 0 || core == team.core || pthread_getaffinity_np(pthread_self(), sizeof allowed, &allowed)) return;
-    CPU_CLR(core, &allowed);
-    if (CPU_COUNT(&allowed))
-        for (long i = 0; i < team.helpers; i++) pthread_setaffinity_np(team.threads[i], sizeof allowed, &allowed);
-    team.core = core;
+    const int cores = CPU_COUNT(&allowed), apart = cores > 1 && team.helpers + 1 >= cores;
+    if (!apart && team.core < 0) return;
+    if (apart) CPU_CLR(core, &allowed);
+    team.core = apart ? core : -1;
+    for (long i = 0; i < team.helpers; i++) pthread_setaffinity_np(team.threads[i], sizeof allowed, &allowed);
 #endif
 }
 
