@@ -31,7 +31,7 @@ ASSETS = Path(str(files("palaestra.trainer").joinpath("assets")))
 
 
 def save(
-    model: Hybrid, folder: Path, tokenizer_hash: str = "", dtype: torch.dtype | None = None, shard: int = SHARD
+    model: Hybrid, folder: str | Path, tokenizer_hash: str = "", dtype: torch.dtype | None = None, shard: int = SHARD
 ) -> None:
     """Write a checkpoint folder, whole or not at all. Raises OSError naming the folder (a full disk, say).
 
@@ -40,7 +40,7 @@ def save(
     """
     tensors = ((name, _stored(name, tensor, dtype)) for name, tensor in model.state_dict().items())
     config = {**model.config.to_hf(), "torch_dtype": _name(dtype or model.lm_head.weight.dtype)}
-    write_folder(folder, {CONFIG: config}, tensors, tokenizer_hash, shard)
+    write_folder(Path(folder), {CONFIG: config}, tensors, tokenizer_hash, shard)
 
 
 def write_folder(
@@ -79,13 +79,13 @@ def locate(reference: str) -> Path:
     return folder if (folder / WEIGHTS).exists() else Path(reference)
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> Hybrid:
+def load(folder: str | Path, dtype: torch.dtype = torch.float32) -> Hybrid:
     """Read a checkpoint folder: bf16, float32, and what is in NVFP4 or FP8, dequantised.
 
     `dtype` is that of matrices, as in `Hybrid.empty`. Beside the model no more than one tensor is held; the files are
     mapped. Raises CheckpointError naming file and tensor.
     """
-    with opened(folder) as (config, kept):
+    with opened(Path(folder)) as (config, kept):
         model = Hybrid.empty(config, dtype)
         room = model.state_dict()
         for name, weight in kept:

@@ -2,18 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 app = typer.Typer(no_args_is_help=True, help="Make, convert, quantise, fetch and look at models.")
+
+Source = Annotated[str, typer.Argument(help="a checkpoint folder, or the name of one that ships, such as warmstart")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="the folder to write, which must not be there yet")]
+PIPED = 240
+"""Columns of a table that is not shown in a terminal."""
+
+
+@contextmanager
+def _explained(command: str) -> Iterator[None]:
+    """What cannot be done, in a line, and exit status 1."""
+    from palaestra.model.shards import CheckpointError
+
+    try:
+        yield
+    except (CheckpointError, OSError, ValueError, KeyError) as error:
+        text = error.args[0] if isinstance(error, KeyError) else error
+        typer.echo(f"model {command}: {text}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _fresh(folder: Path) -> Path:
+    """Raises ValueError for a folder that is there."""
+    if folder.exists():
+        raise ValueError(f"{folder} is there already; choose another --output, or remove it")
+    return folder
+
+
+def _show(table: Table) -> None:
+    from rich.console import Console
+
+    console = Console()
+    (console if console.is_terminal else Console(width=PIPED)).print(table)
 
 
 @app.command()
 def create(
     preset: Annotated[str, typer.Argument(help="tiny, mini, small, base, nano-30b or super-120b")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="the folder to write")],
+    output: Output,
     seed: int = 0,
 ) -> None:
     """Write a freshly initialised model as a checkpoint folder."""
@@ -24,62 +61,56 @@ def create(
     from palaestra.model.presets import preset as find
     from palaestra.model.tokenizer import Tokenizer
 
-    torch.manual_seed(seed)
-    model = Hybrid(find(preset))
-    save(model, output, Tokenizer.load().sha256)
+    with _explained("create"):
+        config = find(preset)
+        torch.manual_seed(seed)
+        model = Hybrid(config)
+        save(model, _fresh(output), Tokenizer.load().sha256)
     typer.echo(f"{output}: {preset}, {sum(p.numel() for p in model.parameters()):,} parameters, seed {seed}")
 
 
 @app.command()
 def convert(
-    folder: Annotated[Path, typer.Argument(help="a checkpoint folder of ours")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="the folder to write")],
+    folder: Source,
+    output: Output,
     dtype: Annotated[str, typer.Option(help="of the matrices: float32 or bfloat16")] = "bfloat16",
 ) -> None:
-    """Write a checkpoint again with its matrices in another number format."""
+    """Write a checkpoint again with its matrices in another number format (`quantize` writes NVFP4)."""
     import torch
 
-    from palaestra.model import checkpoint
-    from palaestra.model.shards import CheckpointError
+    from palaestra.model.checkpoint import load, locate, save, tokenizer_hash
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    try:
+    with _explained("convert"):
         if dtype not in dtypes:
-            raise CheckpointError(f"--dtype {dtype!r}: choose one of {', '.join(dtypes)}")
-        model = checkpoint.load(folder, dtypes[dtype])
-        checkpoint.save(model, output, checkpoint.tokenizer_hash(folder))
-    except (CheckpointError, OSError) as error:
-        typer.echo(f"model convert: {error}", err=True)
-        raise typer.Exit(1) from None
+            raise ValueError(f"--dtype {dtype!r}: choose one of {', '.join(dtypes)}")
+        place = locate(folder)
+        save(load(place, dtypes[dtype]), _fresh(output), tokenizer_hash(place))
     typer.echo(f"{output}: {sum(file.stat().st_size for file in output.iterdir()):,} bytes")
 
 
 @app.command()
 def quantize(
-    folder: Annotated[Path, typer.Argument(help="a checkpoint folder in the layout of Nemotron-H")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="the folder to write")],
+    folder: Source,
+    output: Output,
     recipe: Annotated[str, typer.Option(help="rl (what the trainer publishes), nano or super (as those were)")] = "rl",
 ) -> None:
     """Write a checkpoint again in NVFP4 and FP8, as ModelOpt does, and show how far off its weights then are."""
-    from rich.console import Console
     from rich.table import Table
 
+    from palaestra.model.checkpoint import locate
     from palaestra.model.quantization import RECIPES
     from palaestra.model.quantization import quantize as make
-    from palaestra.model.shards import CheckpointError
 
-    try:
+    with _explained("quantize"):
         if recipe not in RECIPES:
-            raise CheckpointError(f"--recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
-        rows = make(folder, output, recipe)
-    except (CheckpointError, OSError, ValueError) as error:
-        typer.echo(f"model quantize: {error}", err=True)
-        raise typer.Exit(1) from None
+            raise ValueError(f"--recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
+        rows = make(locate(folder), _fresh(output), recipe)
     table = Table("weights of", "number", "format", "bytes", "times smaller than bf16", "error", title=str(output))
     for row in rows:
         times = f"{row.before / row.after:.2f}"
         table.add_row(row.module, str(row.weights), row.format, f"{row.after:,}", times, f"{row.error:.4f}")
-    Console().print(table)
+    _show(table)
     before, after = sum(row.before for row in rows), sum(row.after for row in rows)
     if rows:
         typer.echo(f"quantised: {before:,} bytes in bf16 became {after:,}, {before / after:.2f} times smaller")
@@ -104,32 +135,23 @@ def fetch(
 
 
 @app.command()
-def inspect(folder: Annotated[Path, typer.Argument(help="a checkpoint folder")]) -> None:
+def inspect(folder: Source) -> None:
     """Show a checkpoint's tensors: names, dtypes, shapes, sizes."""
-    from rich.console import Console
     from rich.table import Table
-    from safetensors import SafetensorError, safe_open
 
-    table = Table("name", "dtype", "shape", "bytes", title=str(folder))
-    total = 0
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        typer.echo(f"model inspect: {folder} holds no .safetensors file", err=True)
-        raise typer.Exit(1)
-    for file in files:
-        try:
-            with safe_open(str(file), framework="pt") as tensors:
-                for name in sorted(tensors.keys()):
-                    tensor = tensors.get_tensor(name)
-                    total += tensor.nbytes
-                    table.add_row(
-                        name, str(tensor.dtype).removeprefix("torch."), str(list(tensor.shape)), f"{tensor.nbytes:,}"
-                    )
-        except SafetensorError as error:
-            typer.echo(f"model inspect: {file} is damaged ({error}); fetch or write it anew", err=True)
-            raise typer.Exit(1) from None
-    Console().print(table)
-    typer.echo(f"{total:,} bytes in {len(files)} file(s)")
+    from palaestra.model.checkpoint import locate
+    from palaestra.model.shards import Shards
+
+    table = Table("name", "dtype", "shape", "bytes", title=folder)
+    total = numbers = 0
+    with _explained("inspect"), Shards(locate(folder)) as shards:
+        for name in sorted(shards):
+            tensor = shards[name]
+            total, numbers = total + tensor.nbytes, numbers + tensor.numel()
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            table.add_row(name, dtype, str(list(tensor.shape)), f"{tensor.nbytes:,}")
+    _show(table)
+    typer.echo(f"{numbers:,} numbers in {total:,} bytes")
 
 
 @app.command()

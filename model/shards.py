@@ -124,6 +124,7 @@ def write(folder: Path, tensors: Iterable[Named], metadata: dict[str, str], size
     def flush() -> None:
         path = folder / f"part-{len(parts)}"
         save_file(part, path, {"format": "pt", **metadata})
+        path.chmod(folder.stat().st_mode & 0o666)  # it is made for its owner alone
         parts.append((path, list(part)))
         part.clear()
 

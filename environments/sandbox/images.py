@@ -86,6 +86,8 @@ def import_image(source: Path, name: str) -> Image:
         staged.mkdir(parents=True, mode=0o700)  # an image may hold set-user-id programs
         (staged / "root").mkdir()
         config = _fill(source, staged / "root")
+        if not any((staged / "root").iterdir()):
+            raise ValueError("it holds nothing; give an archive or a folder of a whole system")
         (staged / "image.json").write_text(config.model_dump_json())
         remove(folder)
         staged.rename(folder)

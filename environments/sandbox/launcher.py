@@ -2,8 +2,9 @@
 
 Run as a script (`python -I -S launcher.py FD`), with nothing but the standard library, so that forking it is cheap. It
 serves requests on the SOCK_SEQPACKET socket FD, one JSON object each with the descriptors that become the box's first
-ones (0, 1, 2, ...), and answers with the process that is the box's init. When its owner ends it ends, and every box
-with it.
+ones (0, 1, 2, ...), and answers with the process that is the box's init. When its owner ends, which closes the socket
+and sends SIGTERM, it ends every box and itself: box by box, for a bubblewrap that is killed while it starts its child
+leaves that behind, waiting for ever.
 """
 
 from __future__ import annotations
@@ -92,6 +93,17 @@ def received(channel: socket.socket) -> tuple[bytes, list[int]]:
     return content, descriptors
 
 
+def kill(monitor: int) -> None:
+    """Kill a bubblewrap and, before it, the init of its box. It is stopped first, so that it starts none meanwhile."""
+    with suppress(OSError):
+        os.kill(monitor, signal.SIGSTOP)
+        with open(f"/proc/{monitor}/task/{monitor}/children") as children:
+            for child in children.read().split():
+                os.kill(int(child), signal.SIGKILL)
+    with suppress(OSError):
+        os.kill(monitor, signal.SIGKILL)
+
+
 class Launcher:
     """The serving loop and what every box has in common."""
 
@@ -102,15 +114,28 @@ class Launcher:
         self.bwrap: str = config["bwrap"]
         self.filter = os.memfd_create("filter")
         os.write(self.filter, bytes.fromhex(config["filter"]))
+        self.monitors: set[int] = set()
+        self.leaving = False
 
     def serve(self) -> None:
-        """Answer requests until the owner closes its end, and tell of boxes that end."""
+        """Answer requests until the owner ends, and tell of boxes that end. Then end all boxes."""
+        try:
+            self._serve()
+        finally:
+            for monitor in self.monitors:
+                kill(monitor)
+
+    def leave(self, *_: object) -> None:
+        """The owner has ended (a signal's handler)."""
+        self.leaving = True
+
+    def _serve(self) -> None:
         ended, woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
         waiting = select.poll()  # select(2) knows no descriptor above 1,023
         for descriptor in (self.channel.fileno(), ended):
             waiting.register(descriptor, select.POLLIN)
-        while True:
+        while not self.leaving:
             ready = [descriptor for descriptor, _ in waiting.poll()]
             if ended in ready:
                 os.read(ended, 4096)
@@ -136,6 +161,7 @@ class Launcher:
         """Tell how each child ended: a box's bubblewrap ends as its init did (128 and a signal's number)."""
         with suppress(ChildProcessError):
             while (found := os.waitpid(-1, os.WNOHANG))[0]:
+                self.monitors.discard(found[0])
                 status = os.waitstatus_to_exitcode(found[1])
                 self.channel.send(json.dumps({"ended": found[0], "status": status}).encode())
 
@@ -167,11 +193,11 @@ class Launcher:
         theirs.close()
         os.close(info_write)
         try:
+            self.monitors.add(monitor)
             self._prepare(monitor, request, ours)
             return self._init_of(info_read, ours), monitor
         except BaseException:
-            with suppress(ProcessLookupError):
-                os.kill(monitor, signal.SIGKILL)
+            kill(monitor)
             raise
         finally:
             ours.close()
@@ -286,14 +312,16 @@ def _lower(kind: int, value: int) -> None:
 
 def main() -> None:
     """Serve the socket whose number is the first argument."""
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     gc.disable()  # a collection would touch, and so copy, the pages that a fork shares
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's business
     signal.signal(signal.SIGCHLD, lambda *_: None)  # it wakes the loop
     channel = socket.socket(fileno=int(sys.argv[1]))
     channel.set_inheritable(False)
     with suppress(ConnectionError):  # the owner has gone, and did not read everything
-        Launcher(channel).serve()
+        launcher = Launcher(channel)
+        signal.signal(signal.SIGTERM, launcher.leave)
+        launcher.serve()
 
 
 if __name__ == "__main__":

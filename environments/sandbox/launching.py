@@ -145,7 +145,7 @@ class Launching:
             asked.set_result(answer)
         elif "monitor" in answer:  # nobody waits for this box any more
             with suppress(ProcessLookupError):
-                os.kill(answer["monitor"], signal.SIGKILL)
+                os.kill(answer["pid"], signal.SIGKILL)  # the init: its bubblewrap alone might leave it behind
 
     def close(self) -> None:
         """End the launcher, and with it every box."""
