@@ -320,7 +320,7 @@ async def _image(folder: Path, wants: Surroundings, key: str, build: bool) -> st
     if not (folder / "Dockerfile").exists():
         lack = f"the image {stated} is not stored (palaestra sandbox image import)" if stated else "it names no image"
         raise UsageError(f"{folder.parent}: {lack} ({key}.docker_image), and there is no {folder.name}/Dockerfile")
-    name = f"harbor/{_digest(folder)}"
+    name = f"{images.HARBOR}{_digest(folder)}"
     async with _building.setdefault(name, asyncio.Lock()):
         if name not in images.names():
             if not build:

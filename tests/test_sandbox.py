@@ -413,6 +413,23 @@ def test_what_cannot_be_imported_leaves_nothing(store, tmp_path, content, name, 
     assert not store.exists() or not list(store.iterdir())
 
 
+def test_an_empty_folder_is_no_image(store, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="it holds nothing"):
+        images.import_image(tmp_path / "empty", "x")
+
+
+def test_images_are_removed_by_name_or_pattern_and_harbors_are_summed_up(store, tmp_path):
+    (tmp_path / "root" / "bin").mkdir(parents=True)
+    for name in ("team/one", "harbor/a", "harbor/b"):
+        images.import_image(tmp_path / "root", name)
+    assert images.summary() == "host, team/one, 2 of harbor/..."
+    done = CliRunner().invoke(app, ["image", "remove", "harbor/*"])
+    assert (done.exit_code, images.names()) == (0, ["team/one"]), done.output
+    with pytest.raises(UsageError, match="no sandbox image matches 'harbor/a'"):
+        images.forget("harbor/a")
+
+
 @pytest.mark.skipif("native" not in ISOLATING or os.geteuid() != 0, reason="root's native backend")
 async def test_a_box_whose_shell_is_removed_says_so_at_once(store, tmp_path):
     root = tmp_path / "root"

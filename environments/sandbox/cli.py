@@ -119,6 +119,18 @@ def import_(
     typer.echo(f"{name}: {found.root}")
 
 
+@image.command()
+def remove(
+    names: Annotated[list[str], typer.Argument(help="names, or patterns such as 'harbor/*'")],
+) -> None:
+    """Remove stored images. Harbor tasks build theirs anew when they are played again."""
+    from palaestra.environments.sandbox.images import forget
+
+    for name in names:
+        for found in forget(name):
+            typer.echo(f"{found}: removed")
+
+
 @image.command("list")
 def list_() -> None:
     """Print the names of the stored images."""

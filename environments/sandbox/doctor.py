@@ -85,8 +85,5 @@ async def examine() -> list[Finding]:
     findings = list(machine())
     for name in BACKENDS:
         findings.append(await backend(name))
-    known = images.names()
-    text = ", ".join([images.HOST, *known]) + (
-        "" if known else "; `palaestra sandbox image build` makes the base image"
-    )
-    return [*findings, Finding("images", True, text)]
+    hint = "" if images.names() else "; `palaestra sandbox image build` makes the base image"
+    return [*findings, Finding("images", True, images.summary() + hint)]

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 from urllib.parse import quote, unquote
@@ -25,6 +26,8 @@ from palaestra.gym.sandbox import Entry
 from palaestra.gym.types import Record
 
 HOST = "host"
+HARBOR = "harbor/"
+"""How the names begin of images that Harbor tasks leave."""
 """The image that is made of this machine's own programs: /usr and a few files of /etc, read-only, Python's standard
 library alone. Needs no store."""
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -65,9 +68,8 @@ def find(name: str) -> Image:
     try:
         config = Config.model_validate_json((folder / "image.json").read_bytes())
     except FileNotFoundError:
-        known = ", ".join([HOST, *names()])
         raise UsageError(
-            f"there is no sandbox image {name!r}; there are: {known}. "
+            f"there is no sandbox image {name!r}; there are: {summary()}. "
             "`palaestra sandbox image build` makes the base image"
         ) from None
     except (OSError, ValueError) as error:
@@ -118,6 +120,24 @@ def derived(start: Image, layer: bytes, removed: Sequence[str], config: Config, 
         remove(staged)
         raise UsageError(f"cannot store the image {name}: {type(error).__name__}: {error}") from error
     return find(name)
+
+
+def forget(pattern: str) -> list[str]:
+    """Remove the images of that name, or of the names that match a pattern such as harbor/*. Raises UsageError where
+    there are none."""
+    found = [name for name in names() if fnmatchcase(name, pattern)]
+    if not found:
+        raise UsageError(f"no sandbox image matches {pattern!r}; `palaestra sandbox image list` names them")
+    for name in found:
+        remove(_folder(name))
+    return found
+
+
+def summary() -> str:
+    """The images that are stored, those that harbor tasks left as a number."""
+    known = [name for name in names() if not name.startswith(HARBOR)]
+    left = len(names()) - len(known)
+    return ", ".join([HOST, *known, *([f"{left} of {HARBOR}..."] if left else [])])
 
 
 def remove(folder: Path) -> None:
