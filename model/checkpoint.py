@@ -24,6 +24,7 @@ from palaestra.model.config import ModelConfig, module_of
 from palaestra.model.layers import stays_float32
 from palaestra.model.network import Hybrid
 from palaestra.model.shards import SHARD, WEIGHTS, CheckpointError, Named, Shards, write
+from palaestra.model.tokenizer import Tokenizer
 
 CONFIG = "config.json"
 ASSETS = Path(str(files("palaestra.trainer").joinpath("assets")))
@@ -170,6 +171,17 @@ def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def tokenizer(folder: Path) -> Tokenizer:
+    """The one that ships, with which the folder's model was trained. Raises CheckpointError where it was another."""
+    found, trained_with = Tokenizer.load(), tokenizer_hash(folder)
+    if trained_with not in ("", found.sha256):
+        raise CheckpointError(
+            f"{folder} was trained with another tokenizer ({trained_with[:12]}) than this package ships "
+            f"({found.sha256[:12]})"
+        )
+    return found
 
 
 def tokenizer_hash(folder: Path) -> str:

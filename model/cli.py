@@ -1,7 +1,8 @@
-"""`palaestra model create | convert | quantize | fetch | inspect`."""
+"""`palaestra model create | convert | quantize | generate | fetch | inspect`."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,6 +115,38 @@ def quantize(
     before, after = sum(row.before for row in rows), sum(row.after for row in rows)
     if rows:
         typer.echo(f"quantised: {before:,} bytes in bf16 became {after:,}, {before / after:.2f} times smaller")
+
+
+@app.command()
+def generate(
+    folder: Source,
+    prompt: Annotated[str, typer.Argument(help="what the user says")],
+    tokens: Annotated[int, typer.Option(min=1, help="to generate at most")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest tokens")] = 0.0,
+    seed: int = 0,
+) -> None:
+    """Let a checkpoint of ours answer a message; the tokens a second go to standard error."""
+    from palaestra.gym.types import Message
+    from palaestra.kernels.native import library
+    from palaestra.model.checkpoint import locate, read_config, weights
+    from palaestra.model.checkpoint import tokenizer as tokenizer_of
+    from palaestra.model.decoder import decoder
+    from palaestra.model.generation import continued
+    from palaestra.model.renderer import NemotronRenderer
+
+    with _explained("generate"):
+        place = locate(folder)
+        config, of = read_config(place), decoder(read_config(place), dict(weights(place)), library())
+        renderer = NemotronRenderer(tokenizer_of(place))
+    ids = renderer.start([Message(role="user", content=prompt)], (), "off")
+    drawn: list[int] = []
+    started = time.perf_counter()
+    for number in continued(of, config, ids, tokens, temperature, seed):
+        drawn.append(number)
+        if number in renderer.stop_ids:
+            break
+        typer.echo(renderer.decode(drawn)[len(renderer.decode(drawn[:-1])) :], nl=False)
+    typer.echo(f"\n{len(drawn) / (time.perf_counter() - started):.0f} tokens a second ({of.kernels})", err=True)
 
 
 @app.command()

@@ -6,10 +6,9 @@ import hashlib
 from pathlib import Path
 
 from palaestra.gym.registry import UsageError
-from palaestra.model.checkpoint import locate, read_config, tokenizer_hash, weights
+from palaestra.model.checkpoint import locate, read_config, tokenizer, weights
 from palaestra.model.renderer import NemotronRenderer
 from palaestra.model.shards import CheckpointError
-from palaestra.model.tokenizer import Tokenizer
 from palaestra.rollout.hybrid_engine import HybridEngine
 from palaestra.rollout.policy import TokenPolicy
 
@@ -20,17 +19,11 @@ WEIGHTS = (".safetensors", ".bin", ".gguf")
 def model(path: str) -> TokenPolicy:
     """A checkpoint folder of ours, or one that ships, played on the NVFP4 values of its weights. Raises UsageError."""
     folder = locate(path)
-    tokenizer = Tokenizer.load()
     try:
-        config, kept, trained_with = read_config(folder), list(weights(folder)), tokenizer_hash(folder)
+        config, kept, known = read_config(folder), list(weights(folder)), tokenizer(folder)
     except CheckpointError as error:
         raise UsageError(f"policy model:{path}: {error}") from error
-    if trained_with not in ("", tokenizer.sha256):
-        raise UsageError(
-            f"policy model:{path}: trained with another tokenizer ({trained_with[:12]}) than this package ships "
-            f"({tokenizer.sha256[:12]})"
-        )
-    return TokenPolicy(NemotronRenderer(tokenizer), HybridEngine(config, weights=kept), _digest(folder))
+    return TokenPolicy(NemotronRenderer(known), HybridEngine(config, weights=kept), _digest(folder))
 
 
 def transformers(path: str) -> TokenPolicy:

@@ -14,6 +14,8 @@ from palaestra.model.cache import Cache
 from palaestra.model.checkpoint import load, save, tokenizer_hash
 from palaestra.model.cli import app
 from palaestra.model.config import ModelConfig
+from palaestra.model.decoder import PlainDecoder
+from palaestra.model.generation import continued
 from palaestra.model.network import Hybrid
 from palaestra.model.presets import PRESETS, preset
 
@@ -274,3 +276,43 @@ def test_a_converted_checkpoint_holds_its_matrices_in_bfloat16_and_the_router_in
     refused = CliRunner().invoke(app, command)
     assert refused.exit_code == 1
     assert not (tmp_path / "x").exists()
+
+
+@torch.no_grad()
+def test_what_is_generated_is_what_one_pass_over_all_of_it_foretells():
+    model = build()
+    ids = torch.randint(0, 64, (9,)).tolist()
+    drawn = list(continued(PlainDecoder(model), SMALL, ids, 12))
+    likeliest = model(torch.tensor([ids + drawn]))[0, len(ids) - 1 : -1].argmax(-1).tolist()
+    assert drawn == likeliest
+    some = [list(continued(PlainDecoder(model), SMALL, ids, 12, 1.0, seed)) for seed in (1, 1, 2)]
+    assert some[0] == some[1] != some[2]
+    assert len(list(continued(PlainDecoder(model), SMALL, ids[:1], 3))) == 3
+
+
+def test_the_checkpoint_that_ships_answers():
+    done = CliRunner().invoke(app, ["generate", "warmstart", "What is 3 + 4?", "--tokens", "24"])
+    assert done.exit_code == 0, done.output
+    assert "tokens a second" in done.output
+    again = CliRunner().invoke(app, ["generate", "warmstart", "What is 3 + 4?", "--tokens", "24"])
+    assert again.stdout.splitlines()[0] == done.stdout.splitlines()[0] != ""
+
+
+@pytest.mark.parametrize("command", ["create", "convert", "quantize"])
+def test_no_command_overwrites_what_is_there(tmp_path, command):
+    (tmp_path / "model").mkdir()
+    done = CliRunner().invoke(
+        app, [command, "tiny" if command == "create" else "warmstart", "-o", str(tmp_path / "model")]
+    )
+    assert done.exit_code == 1
+    assert "is there already; choose another --output" in done.output
+    assert not list((tmp_path / "model").iterdir())
+
+
+def test_inspect_shows_whole_names_and_says_what_is_no_checkpoint(tmp_path):
+    done = CliRunner().invoke(app, ["inspect", "warmstart"])
+    assert "backbone.layers.1.mixer.experts.15.down_proj.weight" in done.output
+    assert "numbers in" in done.output
+    refused = CliRunner().invoke(app, ["inspect", str(tmp_path / "none")])
+    assert refused.exit_code == 1
+    assert f"{tmp_path / 'none' / 'model.safetensors'} is missing" in refused.output

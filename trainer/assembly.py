@@ -50,17 +50,14 @@ def located(recipe: Recipe) -> ModelConfig | Path:
     return folder
 
 
-def model(recipe: Recipe, tokenizer: Tokenizer) -> Hybrid:
-    """The hybrid network of `recipe.model`. Raises as located; CheckpointError naming a damaged file."""
+def model(recipe: Recipe) -> Hybrid:
+    """The hybrid network of `recipe.model`. Raises as located; CheckpointError naming a file that is damaged or was
+    trained with another tokenizer."""
     source = located(recipe)
     if isinstance(source, ModelConfig):
         return Hybrid(source if recipe.nvfp4 else source.model_copy(update={"nvfp4": ()}))
+    checkpoint.tokenizer(source)
     loaded = checkpoint.load(source)
-    known = checkpoint.tokenizer_hash(source)
-    if known and known != tokenizer.sha256:
-        raise UsageError(
-            f"model: {source} was trained with another tokenizer ({known[:12]}, not {tokenizer.sha256[:12]})"
-        )
     return loaded if recipe.nvfp4 else _unquantised(loaded)
 
 
@@ -101,7 +98,7 @@ class Base:
             self.save_model = self.model.save
         else:
             tokenizer = Tokenizer.load()
-            self.model = model(recipe, tokenizer).to(device)
+            self.model = model(recipe).to(device)
             self.renderer = NemotronRenderer(tokenizer)
             self.build = partial(hybrid_engine, self.model.config, engine)
             self.save_model = partial(checkpoint.save, self.model, tokenizer_hash=tokenizer.sha256)
