@@ -74,6 +74,13 @@ def test_the_programs_of_the_page_on_sandboxes_do_what_it_says(tmp_path):
     assert {one["policy"]: one["reward"]["mean"] for one in summary} == {"scripted:gold": 1.0, "null": 0.0}
 
 
+def test_the_program_of_the_page_on_models_runs(tmp_path):
+    ((page, text),) = blocks(r"python model\.py")
+    (tmp_path / "model.py").write_text(text)
+    done = subprocess.run([sys.executable, "model.py"], cwd=tmp_path, capture_output=True, text=True, timeout=110)
+    assert (page, done.stdout) == ("model.md", "torch.Size([2, 10, 2048])\n"), done.stderr
+
+
 def test_the_readme_counts_tasks_right():
     readme = (ROOT / "README.md").read_text()
     tasks = list(Built(shipped()))
