@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from palaestra.trainer.world import Solo, World
 
 Metrics = dict[str, float]
 PREDICTION = "mtp."
-"""Of the multi-token-prediction head, which stays as it is."""
+"""Of the multi-token-prediction head."""
 
 
 class Trainable(Protocol):
@@ -49,6 +50,11 @@ class LearnerConfig(BaseModel):
     micro_tokens: int = Field(default=8192, ge=1, description="padded tokens of a micro-batch")
     updates: int = Field(default=1, ge=1, description="optimiser updates a step; the batch is split among them")
     train_router: bool = Field(default=False, description="whether the router and its bias move (never in RLVR)")
+    mtp_factor: float = Field(
+        default=0.3,
+        ge=0,
+        description="of the multi-token-prediction loss in supervised training, where there is a head",
+    )
     loss: LossConfig = LossConfig()
     temperature: float = Field(default=1.0, gt=0, description="what the sampler divided its logits by")
 
@@ -68,10 +74,11 @@ class Learner:
         self.config = config
         self._loss = LOSSES[loss]
         self._world = world or Solo()
+        self._foretells = loss == "sft" and config.mtp_factor > 0 and getattr(model, "mtp", None) is not None
         model.train(config.train_router)
         for name, parameter in model.named_parameters():
             moves = config.train_router or not is_router(name)
-            parameter.requires_grad_(moves and not name.startswith(PREDICTION))
+            parameter.requires_grad_(moves and (self._foretells or not name.startswith(PREDICTION)))
         self.optimiser = Optimiser(model, optim)
 
     @property
@@ -100,7 +107,7 @@ class Learner:
         found: list[Tensor] = [torch.zeros(0)] * len(batch.sequences)
         with self.model.quantised():
             for micro in micro_batches(batch.sequences, range(len(batch.sequences)), self.config.micro_tokens):
-                lp, _ = self._forward(micro)
+                lp, _ = self._judged(micro, self._hidden(micro))
                 for row, part in zip(micro.rows, lp.split(micro.loss.sum(1).tolist()), strict=True):
                     found[row] = part
         return found
@@ -144,18 +151,25 @@ class Learner:
 
     def _measure(self, micro: Micro, old: list[Tensor] | None, tally: _Tally) -> Tensor:
         """The micro-batch's summed loss."""
-        lp, entropy = self._forward(micro)
+        hidden = self._hidden(micro)
+        lp, entropy = self._judged(micro, hidden)
         before = lp.detach() if old is None else torch.cat([old[row] for row in micro.rows])
         mu = micro.mu[micro.loss].to(lp.device)
         advantage = micro.advantage.repeat_interleave(micro.loss.sum(1)).to(lp.device)
         loss, found = self._loss(Tokens(lp, before, mu, advantage), self.config.loss)
+        if self._foretells:
+            further = self._foretold(micro, hidden)
+            loss, found = loss + self.config.mtp_factor * further, {**found, "mtp_loss": further.detach()}
         tally.add({**found, "loss": loss.detach(), "entropy": entropy.sum()}, (before - mu).abs())
         return loss
 
-    def _forward(self, micro: Micro) -> tuple[Tensor, Tensor]:
+    def _hidden(self, micro: Micro) -> Tensor:
+        hidden: Tensor = self.model.hidden(micro.ids.to(self.device), micro.lengths.to(self.device))
+        return hidden
+
+    def _judged(self, micro: Micro, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probability and (without gradient) entropy, float32[tokens with loss], row by row."""
         ids = micro.ids.to(self.device)
-        hidden = self.model.hidden(ids, micro.lengths.to(self.device))
         rows, places = micro.loss.to(self.device).nonzero(as_tuple=True)
         logits = self.model.logits(hidden[rows, places - 1]).float() / self.config.temperature
         table = logits.log_softmax(-1)
@@ -163,6 +177,17 @@ class Learner:
         with torch.no_grad():
             entropy = -(table.exp() * table).sum(-1)
         return lp, entropy
+
+    def _foretold(self, micro: Micro, hidden: Tensor) -> Tensor:
+        """The mean over the prediction depths of their cross entropies, each summed over the tokens that carry loss and
+        that it can see (Gloeckle et al., arXiv 2404.19737; one block for all depths, as Nemotron 3 has it)."""
+        ids, depths = micro.ids.to(self.device), self.model.further(micro.ids.to(self.device), hidden)
+        total = hidden.new_zeros(())
+        for depth, states in enumerate(depths, 1):
+            rows, places = micro.loss[:, depth + 1 :].to(self.device).nonzero(as_tuple=True)
+            logits = self.model.logits(states[rows, places])
+            total = total + F.cross_entropy(logits, ids[rows, places + depth + 1], reduction="sum")
+        return total / max(len(depths), 1)
 
     def _apply(self) -> float:
         """Sum the gradients over the ranks and update; returns their norm."""
