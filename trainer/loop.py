@@ -163,7 +163,7 @@ class Sft:
 
     def __init__(self, run: Run, name: str, stage: SftStage) -> None:
         recipe = run.recipe
-        config = LearnerConfig(micro_tokens=stage.micro_tokens, train_router=True)
+        config = LearnerConfig(micro_tokens=stage.micro_tokens, train_router=True, mtp_factor=stage.mtp_factor)
         self.learner = Learner(run.stack.model, "sft", config, stage.optim)
         self._data = Demonstrations(run.specs, recipe.weights(), run.stack.renderer, recipe.seed)
         self._drills: Drills | None = None

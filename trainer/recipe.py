@@ -100,6 +100,9 @@ class SftStage(Stage):
     easy_steps: int = Field(default=0, ge=0, description="steps at the lowest level alone, once demonstrations begin")
     drills: int = Field(default=0, ge=0, description="sequences a step that teach copying (trainer/drills.py)")
     drill_steps: int = Field(default=0, ge=0, description="first steps that hold drills alone")
+    mtp_factor: float = Field(
+        default=0.3, ge=0, description="of the multi-token-prediction loss, where the model has such a head"
+    )
 
 
 FOREIGN = "transformers:"
