@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from palaestra.gym.registry import UsageError, descriptions, one_line, points, spec, split_alias
+from palaestra.gym.registry import UsageError, descriptions, one_line, points, prefixes, spec, split_alias
 
 COMMANDS = "palaestra.commands"
 TRACEBACK, INTERRUPTED = "PALAESTRA_TRACEBACK", 130
@@ -71,6 +71,9 @@ def env_list() -> None:
     width = max(map(len, found), default=0)
     for name, (_, text) in found.items():
         typer.echo(f"{name:<{width}}  {text}")
+    typer.echo(
+        f"and whatever stands behind {', '.join(prefixes())} (harbor:FOLDER, say), package.module:Class and file.py"
+    )
 
 
 @environments.command("new")

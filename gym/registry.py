@@ -213,6 +213,11 @@ def _default_alias(target: str) -> str:
     return rest.lower() if "." in prefix else target
 
 
+def prefixes() -> list[str]:
+    """What adapters answer for, such as `harbor:`."""
+    return sorted(f"{name}:" for name in _adapters())
+
+
 def _adapters() -> dict[str, Callable[[], Any]]:
     built_in = {name: _loader(EntryPoint(name, value, ADAPTERS)) for name, value in _BUILT_IN_ADAPTERS.items()}
     return built_in | {name: _loader(point) for name, point in points(ADAPTERS).items()}
@@ -236,7 +241,8 @@ def _resolve(target: str) -> type[Environment]:
     installed = points(ENVIRONMENTS)
     if target not in installed:
         raise UsageError(
-            f"unknown environment {target!r}: {suggest(target, installed)}; or package.module:Class, file.py"
+            f"unknown environment {target!r}: {suggest(target, installed)}; or package.module:Class, file.py, or what "
+            f"stands behind {', '.join(prefixes())}"
         )
     point = installed[target]
     return _dotted(point.module, point.attr, target)
@@ -246,8 +252,7 @@ def _dotted(module: str, name: str, target: str) -> type[Environment]:
     try:
         imported = importlib.import_module(module)
     except Exception as error:
-        prefixes = ", ".join(f"{prefix}:" for prefix in _adapters())
-        hint = f"install its package, or use one of the prefixes {prefixes}"
+        hint = f"install its package, or use one of the prefixes {', '.join(prefixes())}"
         reason = f"{one_line(error)}{place(error, module)}"
         raise UsageError(f"environment {target}: cannot import {module} ({reason}); {hint}") from error
     return _class_in(imported, name, target)

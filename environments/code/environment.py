@@ -38,8 +38,10 @@ FORK_SECONDS, BOX_SECONDS, LITERAL_SECONDS = 3 * SECONDS, 9 * SECONDS, 10.0
 
 
 class Code(Environment):
-    """Write a Python function, a program, a missing part, a repair or tests, or say what a program returns. The code is
-    the reply's last fenced block, else the whole reply."""
+    """Write a Python function, a program, a missing part, a repair or tests, or say what a program returns.
+
+    The code is the reply's last fenced block, else the whole reply.
+    """
 
     class Config(BaseModel):
         """`source`: generator (functions), stdio, infilling, prediction, repair, testwriting, humaneval, mbpp, or a
