@@ -136,7 +136,8 @@ def generate(
 
     with _explained("generate"):
         place = locate(folder)
-        config, of = read_config(place), decoder(read_config(place), dict(weights(place)), library())
+        config = read_config(place)
+        of = decoder(config, dict(weights(place)), library())
         renderer = NemotronRenderer(tokenizer_of(place))
     ids = renderer.start([Message(role="user", content=prompt)], (), "off")
     drawn: list[int] = []

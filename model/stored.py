@@ -17,7 +17,7 @@ from palaestra.model.shards import CheckpointError, Shards
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of weights that are their own numbers."""
-ACTIVATIONS = (".input_scale", "_input_global_scale", ".input_global_scale", ".k_scale", ".v_scale")
+ACTIVATIONS = (".input_scale", ".input_global_scale", ".k_scale", ".v_scale")
 """Scales of activations and caches, which weights do without."""
 
 
